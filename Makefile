@@ -1,0 +1,98 @@
+# Everything here does its own set-up, from a bare Debian 12 on. `make help` lists the targets.
+#
+# Two environments: .venv runs the gateway and its tests. .venv-check runs ruff and mypy, and has no
+# trio-typing in it, because the trio-stubs that come with that would hide trio's own types from mypy.
+# PYTHON=/path/to/python3.12 make ... picks the interpreter for both.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+
+# Sets $python to the first of $(PYTHON) that is new enough, or to nothing.
+define pick_python
+python=
+for candidate in $(PYTHON); do
+	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+		python=$$(type -P "$$candidate")
+		break
+	fi
+done
+endef
+
+# $(call pip_install,REQUIREMENT...): into the environment whose stamp is being made.
+define pip_install
+echo "==> $(@D): pip install $(1)"
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(1) || {
+	echo "make: pip could not install the above; its own words are over this line." >&2
+	exit 1
+}
+touch $@
+endef
+
+.PHONY: help demo test check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/.installed ## write and read a disk through the gateway, over TLS, in one process
+	@echo "==> nbd-gateway demo --self-test"
+	.venv/bin/nbd-gateway demo --self-test
+
+test: check .venv/.test-installed ## everything: check, 100 % branches of gateway/nbd, all tests
+	@tests/peers/install
+	echo "==> coverage of gateway/nbd by tests/nbd alone"
+	.venv/bin/coverage run -m pytest -q tests/nbd
+	.venv/bin/coverage report
+	echo "==> all tests"
+	.venv/bin/python -m pytest
+
+check: .venv-check/.installed ## formatting, lint and types; changes nothing
+	@echo "==> ruff format --check, ruff check, mypy --strict gateway"
+	.venv-check/bin/ruff format --check --quiet .
+	.venv-check/bin/ruff check --quiet .
+	.venv-check/bin/mypy --strict gateway
+
+clean: ## remove the environments and everything that tools left behind
+	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist
+	find . -name .git -prune -o \( -name __pycache__ -o -name .hypothesis -o -name '.*_cache' \) \
+		-type d -prune -exec rm -rf {} +
+
+.venv/.made .venv-check/.made:
+	@$(pick_python)
+	if [ -z "$$python" ] || ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
+		if ! type -P apt-get >/dev/null; then
+			echo "make: Python 3.11 or newer with its venv module is needed; set PYTHON=..." >&2
+			exit 1
+		fi
+		echo "==> apt-get install python3-venv"
+		as_root=
+		[ "$$(id -u)" = 0 ] || as_root=sudo
+		log=$$($$as_root apt-get -q update 2>&1 && $$as_root env DEBIAN_FRONTEND=noninteractive \
+			apt-get -q install -y --no-install-recommends python3-venv 2>&1) || {
+			printf '%s\n' "$$log" "make: apt-get could not install python3-venv (see above)." >&2
+			exit 1
+		}
+		$(pick_python)
+	fi
+	if [ -z "$$python" ]; then
+		echo "make: none of these is Python 3.11 or newer: $(PYTHON)" >&2
+		exit 1
+	fi
+	echo "==> $(@D): $$("$$python" -V), $$python"
+	"$$python" -m venv --clear $(@D)
+	touch $@
+
+.venv/.installed: .venv/.made pyproject.toml
+	@$(call pip_install,-e .)
+
+.venv/.test-installed: .venv/.installed
+	@$(call pip_install,-e '.[dev$(,)typing-compat]')
+
+.venv-check/.installed: .venv-check/.made pyproject.toml
+	@$(call pip_install,-e '.[dev]')
+
+, := ,

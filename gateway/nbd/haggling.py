@@ -1,0 +1,345 @@
+"""The server role inside TLS: option haggling, paired option by option with the upstream's.
+
+proto.md, "Option types". Before TLS see `negotiation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gateway.errors import SessionEnd
+from gateway.nbd.constants import (
+    EXPORT_NAME_ZEROES,
+    MAX_STRING,
+    Info,
+    Opt,
+    Rep,
+    TransmissionFlag,
+)
+from gateway.nbd.negotiation import (
+    MAX_OPTION_DATA,
+    SHUTTING_DOWN,
+    Ask,
+    Close,
+    Effect,
+    EnterTransmission,
+    Option,
+    Options,
+    Send,
+    refusal,
+)
+from gateway.nbd.pairing import (
+    Acked,
+    Answer,
+    Contexts,
+    Granted,
+    Listed,
+    ListExports,
+    Open,
+    QueryContexts,
+    Question,
+    Refused,
+    Terms,
+    Unavailable,
+    UseStructuredReplies,
+)
+from gateway.nbd.wire import (
+    EXPORT_NAME_ANSWER,
+    BlockSizes,
+    ListedExport,
+    Malformed,
+    MetaContext,
+    decode_string,
+    option_reply,
+    pack_info_block_size,
+    pack_info_export,
+    pack_info_text,
+    pack_listed_export,
+    pack_meta_context,
+    unpack_info_request,
+    unpack_meta_query,
+)
+
+NO_SUCH_EXPORT = "no such export here, or it is not yours to open"
+UPSTREAM_UNAVAILABLE = "the NBD server behind this gateway cannot be reached"
+
+_WRITE_FEATURES = (
+    TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+# What the gateway itself knows how to carry. Other features of an upstream are not advertised.
+_CARRIED_FEATURES = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.READ_ONLY
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.ROTATIONAL
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_DF
+    | TransmissionFlag.CAN_MULTI_CONN
+    | TransmissionFlag.SEND_CACHE
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPolicy:
+    """Which exports a client may open, and how. `name` None passes every name through."""
+
+    name: str | None = ""
+    read_only: bool = False
+
+    def upstream_name(self, asked: str) -> str | None:
+        """The upstream's name for what a client asked for; None if there is no such export."""
+        if self.name is None:
+            return asked
+        return self.name if asked in ("", self.name) else None
+
+
+class Haggling:
+    """Option haggling proper: inside TLS, or with `tls` False in NOTLS mode.
+
+    After an `Ask` effect nothing more is parsed until `answer` was called with the answer.
+    """
+
+    def __init__(self, policy: ExportPolicy, *, tls: bool, no_zeroes: bool) -> None:
+        self._policy = policy
+        self._tls = tls
+        self._no_zeroes = no_zeroes
+        self._options = Options(MAX_OPTION_DATA)
+        self._asked: Option | None = None  # the option that waits for the upstream
+        self._asked_name = ""  # the export name in it, as the client spelt it
+        self._asked_infos: tuple[int, ...] = ()
+        self._structured = False
+        self._contexts: tuple[MetaContext, ...] = ()
+        self._contexts_name: str | None = None  # the name they were selected for
+        self._done = False
+        self._shutdown = False
+
+    def receive(self, data: bytes) -> list[Effect]:
+        """Take bytes from the client, TLS taken off. Raises PeerError."""
+        self._options.inbox.append(data)
+        return self._steps()
+
+    def answer(self, answer: Answer) -> list[Effect]:
+        """Take the upstream's answer to the last `Ask`."""
+        message, self._asked = self._asked, None
+        assert message is not None, "an answer that was not asked for"
+        return [*self._answered(message, answer), *self._steps()]
+
+    def shutdown(self) -> None:
+        """From now on every option but ABORT is answered NBD_REP_ERR_SHUTDOWN."""
+        self._shutdown = True
+
+    def rest(self) -> bytes:
+        """Bytes behind the last option: the first of the transmission phase."""
+        inbox = self._options.inbox
+        return inbox.take(len(inbox)) or b""
+
+    def _steps(self) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._asked is None and not self._done:
+            if (message := self._options.next()) is None:
+                break
+            effects += self._step(message)
+        return effects
+
+    # -- options of the client
+
+    def _step(self, message: Option) -> list[Effect]:
+        if message.number == Opt.ABORT:  # its data, which it should not have, is ignored
+            self._done = True
+            return [Send(option_reply(Opt.ABORT, Rep.ACK)), Close(SessionEnd.ABORTED)]
+        if message.number == Opt.EXPORT_NAME:
+            return self._export_name(message)
+        if self._shutdown:
+            return [refusal(message, Rep.ERR_SHUTDOWN, SHUTTING_DOWN)]
+        if message.length > MAX_OPTION_DATA:
+            return [refusal(message, Rep.ERR_TOO_BIG, "too much data in one option")]
+        try:
+            return self._served(message)
+        except Malformed as wrong:
+            return [refusal(message, Rep.ERR_INVALID, str(wrong))]
+
+    def _served(self, message: Option) -> list[Effect]:
+        match message.number:
+            case Opt.STARTTLS:
+                if self._tls:
+                    return [refusal(message, Rep.ERR_INVALID, "TLS is on already")]
+                return [refusal(message, Rep.ERR_POLICY, "TLS is off on this listener")]
+            case Opt.STRUCTURED_REPLY:
+                _no_data(message)
+                if self._structured:
+                    raise Malformed("structured replies are on already")
+                return self._ask(message, UseStructuredReplies())
+            case Opt.LIST:
+                _no_data(message)
+                return self._ask(message, ListExports())
+            case Opt.INFO | Opt.GO:
+                request = unpack_info_request(message.data)
+                return self._open(message, request.name, request.infos)
+            case Opt.LIST_META_CONTEXT | Opt.SET_META_CONTEXT:
+                return self._query_contexts(message)
+            case _:
+                return [refusal(message, Rep.ERR_UNSUP, "")]
+
+    def _ask(self, message: Option, question: Question) -> list[Effect]:
+        self._asked = message
+        return [Ask(question)]
+
+    def _export_name(self, message: Option) -> list[Effect]:
+        """NBD_OPT_EXPORT_NAME has no error reply: every "no" closes the connection."""
+        try:
+            if message.length > MAX_STRING or self._shutdown:
+                raise Malformed("refused")
+            return self._open(message, decode_string(message.data), ())
+        except Malformed:
+            return self._refuse_export_name()
+
+    def _refuse_export_name(self) -> list[Effect]:
+        self._done = True
+        return [Close(SessionEnd.SHUTDOWN if self._shutdown else SessionEnd.REFUSED)]
+
+    def _open(self, message: Option, name: str, infos: tuple[int, ...]) -> list[Effect]:
+        upstream_name = self._policy.upstream_name(name)
+        if upstream_name is None:
+            return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
+        self._asked_name, self._asked_infos = name, infos
+        return self._ask(message, Open(upstream_name, infos, go=message.number != Opt.INFO))
+
+    def _query_contexts(self, message: Option) -> list[Effect]:
+        select = message.number == Opt.SET_META_CONTEXT
+        if select:  # "replaces all previously-set metadata contexts (including when ... fails)"
+            self._contexts, self._contexts_name = (), None
+        if not self._structured:
+            raise Malformed("meta contexts need NBD_OPT_STRUCTURED_REPLY first")
+        query = unpack_meta_query(message.data)
+        upstream_name = self._policy.upstream_name(query.name)
+        if upstream_name is None:
+            return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
+        self._asked_name = query.name
+        return self._ask(message, QueryContexts(upstream_name, query.queries, select))
+
+    # -- answers of the upstream
+
+    def _answered(self, message: Option, answer: Answer) -> list[Effect]:
+        match message.number:
+            case Opt.STRUCTURED_REPLY:
+                self._structured = isinstance(answer, Acked)
+                if self._structured:
+                    return [Send(option_reply(message.number, Rep.ACK))]
+                # Also when there is no upstream: the refusal with the reason then meets the GO.
+                return [refusal(message, Rep.ERR_UNSUP, "")]
+            case Opt.LIST:
+                return self._listed(message, answer)
+            case Opt.LIST_META_CONTEXT | Opt.SET_META_CONTEXT:
+                return self._queried(message, answer)
+            case _:
+                return self._opened(message, answer)
+
+    def _listed(self, message: Option, answer: Answer) -> list[Effect]:
+        configured = self._policy.name
+        match answer:
+            case Listed(exports) if configured is None:
+                listed = exports
+            case Listed(exports):
+                listed = tuple(one for one in exports if one.name == configured)
+            case Unavailable() if configured is None:
+                return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
+            case _:  # an upstream that cannot or will not list
+                listed = ()
+        if not listed and (configured is not None or not isinstance(answer, Listed)):
+            listed = (ListedExport(configured or "", ""),)
+        replies = [option_reply(Opt.LIST, Rep.SERVER, pack_listed_export(one)) for one in listed]
+        return [Send(reply) for reply in (*replies, option_reply(Opt.LIST, Rep.ACK))]
+
+    def _queried(self, message: Option, answer: Answer) -> list[Effect]:
+        match answer:
+            case Contexts(contexts):
+                pass
+            case Unavailable():
+                return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
+            case Refused(kind=Rep.ERR_UNKNOWN):
+                return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
+            case _:  # an upstream without meta contexts has none to select: no error
+                contexts = ()
+        if message.number == Opt.SET_META_CONTEXT:
+            self._contexts, self._contexts_name = contexts, self._asked_name
+        else:  # "The metadata context ID in these replies is reserved and SHOULD be set to zero"
+            contexts = tuple(one._replace(id=0) for one in contexts)
+        replies = [
+            option_reply(message.number, Rep.META_CONTEXT, pack_meta_context(one))
+            for one in contexts
+        ]
+        return [Send(reply) for reply in (*replies, option_reply(message.number, Rep.ACK))]
+
+    def _opened(self, message: Option, answer: Answer) -> list[Effect]:
+        match answer:
+            case Granted() as export:
+                pass
+            case Unavailable():
+                return self._no_export(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)
+            case Refused(kind=Rep.ERR_SHUTDOWN):
+                return self._no_export(message, Rep.ERR_SHUTDOWN, "the NBD server shuts down")
+            case Refused(kind=Rep.ERR_POLICY | Rep.ERR_PLATFORM as kind):
+                return self._no_export(message, Rep(kind), "the NBD server refuses this export")
+            case _:
+                return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
+        export = replace(export, flags=self._honest_flags(export.flags))
+        if message.number == Opt.EXPORT_NAME:
+            zeroes = b"" if self._no_zeroes else EXPORT_NAME_ZEROES
+            answer_data = EXPORT_NAME_ANSWER.pack(export.size, export.flags) + zeroes
+            return [Send(answer_data), self._enter(export)]
+        effects: list[Effect] = [Send(reply) for reply in self._info_replies(message, export)]
+        if message.number == Opt.GO:
+            effects.append(self._enter(export))
+        return effects
+
+    def _info_replies(self, message: Option, export: Granted) -> list[bytes]:
+        """NBD_REP_INFO for what was asked, in a fixed order, then ACK: GO repeats INFO."""
+        infos = [pack_info_export(export.size, export.flags)]
+        if Info.BLOCK_SIZE in self._asked_infos and export.block_sizes is not None:
+            infos.append(pack_info_block_size(export.block_sizes))
+        for kind, data in export.infos:
+            if kind not in self._asked_infos:
+                continue
+            if kind == Info.NAME and self._policy.name is not None:
+                data = pack_info_text(Info.NAME, self._policy.name)
+            infos.append(data)
+        replies = [option_reply(message.number, Rep.INFO, info) for info in infos]
+        return [*replies, option_reply(message.number, Rep.ACK)]
+
+    def _honest_flags(self, upstream_flags: int) -> TransmissionFlag:
+        """The upstream's flags, less what was not negotiated or may not be used."""
+        flags = TransmissionFlag(upstream_flags) & _CARRIED_FEATURES | TransmissionFlag.HAS_FLAGS
+        if not self._structured:
+            flags &= ~TransmissionFlag.SEND_DF
+        if self._policy.read_only:
+            flags = (flags | TransmissionFlag.READ_ONLY) & ~_WRITE_FEATURES
+        return flags
+
+    def _no_export(self, message: Option, kind: Rep, text: str) -> list[Effect]:
+        if message.number == Opt.EXPORT_NAME:
+            return self._refuse_export_name()
+        return [refusal(message, kind, text)]
+
+    def _enter(self, export: Granted) -> EnterTransmission:
+        self._done = True
+        contexts = self._contexts if self._contexts_name == self._asked_name else ()
+        return EnterTransmission(
+            Terms(
+                export=self._asked_name,
+                size=export.size,
+                flags=TransmissionFlag(export.flags),
+                structured_replies=self._structured,
+                contexts=contexts,
+                block_sizes=export.block_sizes or BlockSizes(),
+            )
+        )
+
+
+def _no_data(message: Option) -> None:
+    if message.length:
+        raise Malformed("this option takes no data")

@@ -1,0 +1,157 @@
+"""Single replies: those that the gateway gives itself, and the upstream's checked as they pass."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from bisect import bisect_right
+
+from gateway.errors import PeerError
+from gateway.nbd.constants import (
+    MAX_STRING,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    Chunk,
+    Cmd,
+    CmdFlag,
+    Error,
+    ReplyFlag,
+)
+from gateway.nbd.wire import CHUNK, ERROR_CHUNK, SIMPLE_REPLY, U32, U64
+
+_TEXTS = {
+    Error.EPERM: b"this export is read-only",
+    Error.ENOSPC: b"beyond the end of the export",
+    Error.EINVAL: b"not a valid request for this export",
+    Error.ESHUTDOWN: b"the server is gone or going: disconnect",
+}
+_LEGAL = frozenset(Error)
+_TRANSLATED = {
+    errno.EROFS: Error.EPERM,
+    errno.EDQUOT: Error.ENOSPC,
+    errno.EFBIG: Error.ENOSPC,
+}
+
+
+def legal_error(error: int) -> int:
+    """An upstream's error value as one that a client may be sent. proto.md, "Error values"."""
+    if error in _LEGAL:
+        return error
+    return _TRANSLATED.get(error, Error.EINVAL)
+
+
+def success_reply(cookie: int, kind: int, *, structured: bool) -> bytes:
+    """Success without data, for a request of no bytes."""
+    if structured and kind == Cmd.READ:
+        return CHUNK.pack(STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.NONE, cookie, 0)
+    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def error_reply(cookie: int, error: int, *, structured: bool) -> bytes:
+    """An error; with structured replies it carries a text for the user."""
+    if not structured:
+        return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
+    text = _TEXTS[Error(error)]
+    data = ERROR_CHUNK.pack(error, len(text)) + text
+    header = CHUNK.pack(STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.ERROR, cookie, len(data))
+    return header + data
+
+
+class ChunkedReply:
+    """What the chunks of one structured reply have said so far.
+
+    Each method takes one chunk and raises PeerError where the specification lets a client
+    disconnect (proto.md, "Structured reply types").
+    """
+
+    __slots__ = (
+        "_context_ids",
+        "_covered",
+        "_failed",
+        "_flags",
+        "_kind",
+        "_length",
+        "_offset",
+        "_seen_ids",
+        "_starts",
+        "_stops",
+    )
+
+    def __init__(
+        self,
+        kind: int,
+        flags: int,
+        offset: int,
+        length: int,
+        context_ids: frozenset[int],
+    ) -> None:
+        self._kind = kind
+        self._flags = flags
+        self._offset = offset
+        self._length = length
+        self._context_ids = context_ids
+        self._seen_ids: set[int] = set()
+        self._failed = False
+        self._covered = 0
+        # Disjoint runs of bytes that content chunks have covered, sorted. One run, mostly.
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def content(self, offset: int, count: int) -> None:
+        """NBD_REPLY_TYPE_OFFSET_DATA or _HOLE: `count` bytes at `offset`."""
+        if self._kind != Cmd.READ:
+            raise PeerError("upstream", "data in the reply to a request that is not a read")
+        stop = offset + count
+        if count < 1 or offset < self._offset or stop > self._offset + self._length:
+            raise PeerError("upstream", f"data at {offset}+{count}, outside the read")
+        if self._starts and self._flags & CmdFlag.DF:
+            raise PeerError("upstream", "two content chunks in spite of NBD_CMD_FLAG_DF")
+        after = bisect_right(self._starts, offset)
+        if (after and self._stops[after - 1] > offset) or (
+            after < len(self._starts) and self._starts[after] < stop
+        ):
+            raise PeerError("upstream", f"data at {offset}+{count} for the second time")
+        self._covered += count
+        if after and self._stops[after - 1] == offset:
+            self._stops[after - 1] = stop
+        else:
+            self._starts.insert(after, offset)
+            self._stops.insert(after, stop)
+
+    def status(self, buffer: bytearray, at: int, length: int) -> None:
+        """NBD_REPLY_TYPE_BLOCK_STATUS: `length` bytes at `buffer[at:]`, of a legal length."""
+        if self._kind != Cmd.BLOCK_STATUS:
+            raise PeerError("upstream", "a block status that nobody asked for")
+        (context,) = U32.unpack_from(buffer, at)
+        if context not in self._context_ids or context in self._seen_ids:
+            raise PeerError("upstream", f"block status for meta context id {context}")
+        self._seen_ids.add(context)
+        lengths = struct.unpack_from(f">{(length - 4) // 4}I", buffer, at + 4)[::2]
+        if 0 in lengths:
+            raise PeerError("upstream", "an extent of no bytes")
+        if self._flags & CmdFlag.REQ_ONE and (len(lengths) > 1 or lengths[0] > self._length):
+            raise PeerError("upstream", "more than the one extent asked for")
+
+    def error(self, buffer: bytearray, at: int, kind: int, length: int) -> None:
+        """Any error chunk, known or not. Writes a legal error value over the upstream's."""
+        error, text_length = ERROR_CHUNK.unpack_from(buffer, at)
+        fields = U64.size if kind == Chunk.ERROR_OFFSET else 0
+        if error == 0:
+            raise PeerError("upstream", "an error chunk without an error")
+        if text_length > min(length - ERROR_CHUNK.size - fields, MAX_STRING):
+            raise PeerError("upstream", f"an error text of {text_length} bytes in {length}")
+        if fields:
+            (offset,) = U64.unpack_from(buffer, at + ERROR_CHUNK.size + text_length)
+            if not self._offset <= offset < self._offset + self._length:
+                raise PeerError("upstream", f"an error at {offset}, outside the request")
+        self._failed = True
+        U32.pack_into(buffer, at, legal_error(error))
+
+    def finish(self) -> None:
+        """The last chunk is through: success is only what was told in full."""
+        if self._failed:
+            return
+        if self._kind == Cmd.READ and self._covered != self._length:
+            raise PeerError("upstream", f"{self._covered} bytes for a read of {self._length}")
+        if self._kind == Cmd.BLOCK_STATUS and self._seen_ids != self._context_ids:
+            raise PeerError("upstream", "block status without all the negotiated contexts")

@@ -1,0 +1,275 @@
+"""The data plane: two pumps over two channels, one session's transmission phase.
+
+A pump waits without a buffer, borrows one when bytes have come, moves as many as there are, lets
+`Transmission` walk them, and sends the result in one go. Knows no flags, certificates or options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from gateway.errors import ChannelClosed, PeerError, SessionEnd
+from gateway.nbd.transmission import Transmission
+from gateway.transport import Channel
+
+BUFFER_SIZE: Final = 256 << 10  # bytes; more brought nothing, less costs system calls in bulk
+_KEPT_BUFFERS: Final = 16  # idle buffers kept for the next borrower, in all
+_SMALL: Final = 64  # leftovers up to here are copied out, so that their buffer can go back
+
+DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
+LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay that has been told NBD_ESHUTDOWN
+LAST_WORD_TIMEOUT_S: Final = 1.0  # for NBD_CMD_DISC to the upstream
+
+_free_buffers: list[bytearray] = []
+
+
+def _borrow(size: int) -> bytearray:
+    if size <= BUFFER_SIZE:
+        return _free_buffers.pop() if _free_buffers else bytearray(BUFFER_SIZE)
+    return bytearray(size)
+
+
+def _give_back(buffer: bytearray) -> None:
+    if len(buffer) == BUFFER_SIZE and len(_free_buffers) < _KEPT_BUFFERS:
+        _free_buffers.append(buffer)
+
+
+class _Stream:
+    """What one pump has read and not yet done with: at most one unfinished message.
+
+    Holds a borrowed buffer only while `held` bytes are in it; a few leftover bytes are kept apart.
+    """
+
+    def __init__(self, channel: Channel, first: bytes = b"") -> None:
+        self.channel = channel
+        self.buffer = bytearray()
+        self.held = 0
+        self._small = first
+
+    def read(self, *, at_least: int = 0, probe: bool) -> int:
+        """Read what has arrived behind what is held. Returns how many bytes came."""
+        if not self.buffer:
+            self.buffer = _borrow(at_least)
+            self.held = len(self._small)
+            self.buffer[: self.held] = self._small
+            self._small = b""
+        elif len(self.buffer) < at_least:
+            larger = _borrow(at_least)
+            larger[: self.held] = memoryview(self.buffer)[: self.held]
+            _give_back(self.buffer)
+            self.buffer = larger
+        with memoryview(self.buffer) as view:
+            count = self.channel.fill(view[self.held :], probe=probe)
+        self.held += count
+        return count
+
+    @property
+    def has_leftovers(self) -> bool:
+        return bool(self._small or self.held)
+
+    @property
+    def full(self) -> bool:
+        return self.held == len(self.buffer)
+
+    def done_with(self, count: int) -> None:
+        """Drop the first `count` bytes, and the buffer if what is left is next to nothing."""
+        left = self.held - count
+        if left <= _SMALL:
+            self._small = bytes(self.buffer[count : self.held])
+            self.give_back()
+        else:
+            self.buffer[:left] = self.buffer[count : self.held]
+            self.held = left
+
+    def give_back(self) -> None:
+        if self.buffer:
+            _give_back(self.buffer)
+        self.buffer, self.held = bytearray(), 0
+
+
+class Relay:
+    """One session's transmission phase. `run` it once; neither channel is closed by it."""
+
+    def __init__(self, client: Channel, upstream: Channel, transmission: Transmission) -> None:
+        self._client = client
+        self._upstream = upstream
+        self._transmission = transmission
+        self._client_writer = trio.Lock()  # held from the start of a message to its end
+        self._upstream_gone = trio.Event()
+        self._upstream_clean = True  # at a message boundary, as far as the upstream has seen
+        self._scope = trio.CancelScope()
+        self._end = SessionEnd.SHUTDOWN
+        self.detail = ""
+        self._shutting_down = False
+
+    async def run(self, first: bytes = b"") -> SessionEnd:
+        """Serve until the client disconnects, a side fails, or `shutdown` has done its work.
+
+        `first` are bytes of the client that came behind its last option. The upstream is sent
+        NBD_CMD_DISC if it is at a message boundary. Why a side failed is in `detail`.
+        proto.md, "Terminating the transmission phase".
+        """
+        requests, replies = _Stream(self._client, first), _Stream(self._upstream)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._until_it_ends, self._pump_replies, replies)
+                    await self._until_it_ends(self._pump_requests, requests)
+                    nursery.cancel_scope.cancel()
+        finally:
+            requests.give_back()
+            replies.give_back()
+            await self._take_leave()
+        return self._end
+
+    async def _until_it_ends(
+        self, pump: Callable[[_Stream], Awaitable[None]], stream: _Stream
+    ) -> None:
+        """Run a pump. What is to be expected of a client is no exception further out."""
+        try:
+            await pump(stream)
+        except PeerError as fault:
+            self._end, self.detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
+            self._scope.cancel()
+        except ChannelClosed as closed:
+            self._end, self.detail = SessionEnd.CLIENT_LEFT, str(closed)
+            self._scope.cancel()
+
+    def shutdown(self) -> None:
+        """Answer NBD_ESHUTDOWN from now on; end once nothing is in flight any more."""
+        self._transmission.shutdown()
+        self._shutting_down = True
+        self._end_if_idle()
+
+    # -- client to upstream
+
+    async def _pump_requests(self, stream: _Stream) -> None:
+        transmission, client = self._transmission, stream.channel
+        look_first = stream.has_leftovers
+        while True:
+            if not look_first:
+                await client.readable()
+            if stream.read(probe=transmission.in_flight > 1) or look_first:
+                look_first = False
+                await self._forward(stream)
+                if transmission.client_fault:
+                    raise transmission.client_fault
+                if transmission.client_done:
+                    return await self._client_done(SessionEnd.DISCONNECTED)
+                self._end_if_idle()
+            if client.eof:
+                return await self._client_done(SessionEnd.CLIENT_LEFT)
+
+    async def _forward(self, stream: _Stream) -> None:
+        """Walk what is held, send it upstream, and answer what is answered here."""
+        transmission = self._transmission
+        consumed, spans = transmission.requests(stream.buffer, 0, stream.held)
+        while transmission.mid_payload and not stream.full:
+            # A header without its payload: it is worth a system call to send both in one go.
+            if not stream.read(probe=True):
+                break
+            consumed, more = transmission.requests(stream.buffer, consumed, stream.held)
+            spans += more
+        if spans and not self._upstream_gone.is_set():
+            self._upstream_clean = False
+            try:
+                with memoryview(stream.buffer) as view:
+                    for start, stop in spans:
+                        with view[start:stop] as span:
+                            await self._upstream.send_all(span)
+            except ChannelClosed:
+                # It may have left answers behind: the other pump reads them, up to its EOF.
+                self._upstream.shutdown()
+                await self._upstream_gone.wait()
+            else:
+                self._upstream_clean = not transmission.mid_request
+        stream.done_with(consumed)
+        if replies := transmission.take_local_replies():
+            async with self._client_writer:
+                await self._client.send_all(replies)
+
+    async def _client_done(self, end: SessionEnd) -> None:
+        """The client will send no more. Let what is in flight be answered, for a while."""
+        self._end = SessionEnd.UPSTREAM_LOST if self._upstream_gone.is_set() else end
+        if self._transmission.idle or self._transmission.mid_request:
+            return
+        self._shutting_down = True
+        with trio.move_on_after(DISC_TIMEOUT_S):
+            await trio.sleep_forever()  # ended by _end_if_idle
+
+    def _end_if_idle(self) -> None:
+        if self._shutting_down and self._transmission.idle and not self._transmission.mid_payload:
+            self._scope.cancel()
+
+    # -- upstream to client
+
+    async def _pump_replies(self, stream: _Stream) -> None:
+        transmission = self._transmission
+        while True:
+            await stream.channel.readable()
+            try:
+                count = stream.read(at_least=transmission.wanted, probe=False)
+            except ChannelClosed as closed:
+                self.detail = str(closed)
+                break
+            if count:
+                await self._return(stream)
+                if transmission.upstream_fault:
+                    self.detail = transmission.upstream_fault.what
+                    break
+            self._end_if_idle()
+            if stream.channel.eof:
+                break
+        await self._lose_upstream()
+
+    async def _return(self, stream: _Stream) -> None:
+        """Walk what is held and send it to the client, whole messages or held open."""
+        was_open = self._transmission.mid_reply
+        consumed = self._transmission.replies(stream.buffer, stream.held)
+        if consumed:
+            if not was_open:
+                await self._begin_message()
+            with memoryview(stream.buffer) as view, view[:consumed] as span:
+                await self._client.send_all(span)
+            if not self._transmission.mid_reply:
+                self._client_writer.release()
+        stream.done_with(consumed)
+
+    async def _begin_message(self) -> None:
+        try:
+            self._client_writer.acquire_nowait()  # no turn of the loop when nobody else writes
+        except trio.WouldBlock:
+            await self._client_writer.acquire()
+
+    async def _lose_upstream(self) -> None:
+        """Tell the client that there is no upstream any more, and let it go in peace."""
+        self._end = SessionEnd.UPSTREAM_LOST
+        self._upstream_clean = False
+        self._upstream.shutdown()  # wakes the other pump if it is sending
+        was_open = self._transmission.mid_reply
+        last_words = self._transmission.lose_upstream()
+        self._upstream_gone.set()
+        if last_words is None:
+            self._scope.cancel()  # a promised payload will not come: only hanging up is left
+            return
+        if not was_open:
+            await self._begin_message()
+        for words in last_words:
+            await self._client.send_all(words)
+        self._client_writer.release()
+        await trio.sleep(LOST_TIMEOUT_S)
+        self._scope.cancel()
+
+    # -- the end
+
+    async def _take_leave(self) -> None:
+        if not self._upstream_clean or self._upstream_gone.is_set():
+            return
+        with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_TIMEOUT_S, shield=True):
+            try:
+                await self._upstream.send_all(self._transmission.disconnect_request())
+            except ChannelClosed:
+                pass  # it went first

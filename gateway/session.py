@@ -1,0 +1,267 @@
+"""One client from accept to close. Owns the order of things: TLS, identity, upstream, data."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from gateway.access import Identity
+from gateway.errors import ChannelClosed, PeerError, SessionEnd, TLSRefused
+from gateway.nbd.haggling import ExportPolicy, Haggling
+from gateway.nbd.negotiation import (
+    Ask,
+    Close,
+    Effect,
+    EnterTransmission,
+    Greeted,
+    Greeting,
+    PlainHaggling,
+    Send,
+    StartTLS,
+)
+from gateway.nbd.pairing import Terms
+from gateway.nbd.transmission import Transmission
+from gateway.relay import Relay
+from gateway.settings import Settings
+from gateway.tls import identity, refusal
+from gateway.transport import Channel
+from gateway.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S: Final = 3.0
+RECEIVE_BUFFER: Final = 1 << 20  # bytes; for bulk writes, see `_tune`
+_QUIET_ENDS: Final = frozenset({SessionEnd.PROBE})
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+
+
+class SessionLog(logging.LoggerAdapter[logging.Logger]):
+    """Puts the session's number and the client's address in front of every line."""
+
+    def __init__(self, number: int, peer: str) -> None:
+        super().__init__(logger, {})
+        self._prefix = f"[{number}] {peer}: "
+
+    def process(self, msg: object, kwargs: object) -> tuple[object, object]:  # type: ignore[override]
+        return f"{self._prefix}{msg}", kwargs
+
+
+class _Ended(Exception):
+    """The session is over, in a way that is no failure of anybody."""
+
+    def __init__(self, end: SessionEnd, detail: str = "") -> None:
+        super().__init__(end, detail)
+        self.end, self.detail = end, detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Agreed:
+    """The outcome of the negotiation."""
+
+    terms: Terms
+    upstream: Channel
+    rest: bytes  # the client's first bytes of the transmission phase, if it was that quick
+
+
+class Session:
+    """One client. `run` it once; it closes the socket and never raises but for cancellation.
+
+    `context` None is NOTLS mode (proto.md, "NOTLS mode"), for loopback and Unix sockets.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        number: int,
+        settings: Settings,
+        context: ssl.SSLContext | None,
+    ) -> None:
+        self._log = SessionLog(number, peer)
+        self._settings = settings
+        self._context = context
+        self._channel = Channel(sock)
+        self._upstream = Upstream(
+            settings.socket,
+            self._log,
+            oldstyle_name=settings.export or "",
+            timeout_s=settings.handshake_timeout_s / 2,
+        )
+        self._machine: PlainHaggling | Haggling | None = None
+        self._relay: Relay | None = None
+        self._identity: Identity | None = None
+        self._tls_words = "no TLS"
+        self._terms: Terms | None = None
+        self._shutting_down = False
+        _tune(sock)
+
+    async def run(self) -> None:
+        """Serve the client to its end. Cancelled: everything is closed in CLOSE_TIMEOUT_S."""
+        started = trio.current_time()
+        end, detail = SessionEnd.SHUTDOWN, ""
+        try:
+            end, detail = await self._serve()
+        except _Ended as over:
+            end, detail = over.end, over.detail
+        except TLSRefused as refused:
+            end, detail = SessionEnd.TLS_FAILED, f"{refused.reason}: {refused}"
+        except PeerError as fault:
+            end, detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
+        except ChannelClosed as closed:
+            end, detail = SessionEnd.CLIENT_LEFT, str(closed)
+        except Exception:  # a bug costs this client only
+            end = SessionEnd.BUG
+            self._log.exception("bug: dropping this client only")
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
+                await self._upstream.aclose()
+                await self._channel.aclose()
+            self._channel.close()
+            self._log_end(end, detail, trio.current_time() - started)
+
+    def shutdown(self) -> None:
+        """Begin to end: no new options or requests, what is in flight goes on to its end.
+
+        proto.md, "Termination of the session during option haggling" (NBD_REP_ERR_SHUTDOWN) and
+        "Terminating the transmission phase" (NBD_ESHUTDOWN).
+        """
+        self._shutting_down = True
+        if self._relay is not None:
+            self._relay.shutdown()
+        elif self._machine is not None:
+            self._machine.shutdown()
+
+    # -- the order of things
+
+    async def _serve(self) -> tuple[SessionEnd, str]:
+        agreed = None
+        with trio.move_on_after(self._settings.handshake_timeout_s):
+            agreed = await self._negotiate()
+        if agreed is None:
+            raise _Ended(SessionEnd.TIMEOUT)
+        return await self._transmit(agreed)
+
+    async def _negotiate(self) -> _Agreed:
+        greeting = Greeting(tls_required=self._context is not None)
+        await self._channel.send_all(greeting.hello())
+        greeted = await self._greet(greeting)
+        rest = greeting.rest()
+        if self._context is not None:
+            await self._haggle_in_plaintext(rest)
+            rest = b""
+            await self._start_tls(self._context)
+        policy = ExportPolicy(self._settings.export, self._settings.read_only)
+        haggling = self._machine = Haggling(
+            policy, tls=self._context is not None, no_zeroes=greeted.no_zeroes
+        )
+        return await self._haggle(haggling, rest)
+
+    async def _greet(self, greeting: Greeting) -> Greeted:
+        while True:
+            data = await self._channel.receive()
+            if not data:
+                left = self._channel.bytes_read
+                raise _Ended(SessionEnd.CLIENT_LEFT if left else SessionEnd.PROBE)
+            for effect in greeting.receive(data):
+                assert isinstance(effect, Greeted)
+                return effect
+
+    async def _haggle_in_plaintext(self, rest: bytes) -> None:
+        machine = self._machine = PlainHaggling()
+        if self._shutting_down:
+            machine.shutdown()
+        data = rest
+        while True:
+            for effect in machine.receive(data):
+                if isinstance(effect, StartTLS):
+                    return
+                await self._act(effect)
+            data = await self._channel.receive()
+            if not data:
+                raise _Ended(
+                    SessionEnd.PLAINTEXT_CLIENT if machine.refused else SessionEnd.CLIENT_LEFT
+                )
+
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
+        try:
+            self._channel = channel = await self._channel.start_tls(context)
+        except ssl.SSLError as error:
+            raise refusal(error) from None
+        except ChannelClosed:
+            raise TLSRefused("eof", "it left in the middle of the handshake") from None
+        self._identity = identity(channel.tls)
+        cipher = channel.tls.cipher()
+        self._tls_words = f"{channel.tls.version()} {cipher[0] if cipher else ''}"
+
+    async def _haggle(self, machine: Haggling, rest: bytes) -> _Agreed:
+        if self._shutting_down:
+            machine.shutdown()
+        effects = machine.receive(rest)
+        while True:
+            while effects:
+                effect = effects.pop(0)
+                if isinstance(effect, Ask):
+                    effects += machine.answer(await self._upstream.ask(effect.question))
+                elif isinstance(effect, EnterTransmission):
+                    self._machine = None
+                    return _Agreed(effect.terms, self._upstream.take_channel(), machine.rest())
+                else:
+                    await self._act(effect)
+            data = await self._channel.receive()
+            if not data:
+                raise _Ended(SessionEnd.CLIENT_LEFT, "during the negotiation")
+            effects = machine.receive(data)
+
+    async def _act(self, effect: Effect) -> None:
+        match effect:
+            case Send(data):
+                await self._channel.send_all(data)
+            case Close(reason):
+                raise _Ended(reason)
+            case _:
+                raise AssertionError(effect)
+
+    async def _transmit(self, agreed: _Agreed) -> tuple[SessionEnd, str]:
+        self._terms = agreed.terms
+        transmission = Transmission(agreed.terms)
+        self._relay = Relay(self._channel, agreed.upstream, transmission)
+        self._log.info(
+            "open: export %r, %d bytes, %s, %s, %s",
+            agreed.terms.export[:80],
+            agreed.terms.size,
+            "read-only" if agreed.terms.read_only else "read-write",
+            self._identity or "anonymous",
+            self._tls_words,
+        )
+        if self._shutting_down:
+            self._relay.shutdown()
+        end = await self._relay.run(agreed.rest)
+        return end, self._relay.detail
+
+    def _log_end(self, end: SessionEnd, detail: str, seconds: float) -> None:
+        level = logging.DEBUG if end in _QUIET_ENDS else logging.INFO
+        self._log.log(
+            level,
+            "closed: %s%s; %d bytes in, %d out, %.1f s",
+            end.value,
+            f" ({detail})" if detail else "",
+            self._channel.bytes_read,
+            self._channel.bytes_written,
+            seconds,
+        )
+
+
+def _tune(sock: socket.socket) -> None:
+    """Socket options of a client's connection."""
+    if sock.family == socket.AF_UNIX:
+        return
+    # Requests and replies are whole messages already (proto.md: "SHOULD disable Nagle").
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,0 +1,127 @@
+"""One frozen object with everything that a user can set; every check happens when it is built."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from gateway.errors import SettingsError
+
+DEFAULT_PORT: Final = 10809  # IANA's, proto.md, "Newstyle negotiation"
+MAX_SOCKET_PATH: Final = 107  # bytes in sockaddr_un, less the final NUL
+
+TLS_DIR_CERT, TLS_DIR_KEY = "server-cert.pem", "server-key.pem"
+TLS_DIR_CA, TLS_DIR_CRL = "ca-cert.pem", "ca-crl.pem"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenTCP:
+    """`host` None: all addresses of this machine. Port 0: the kernel picks one."""
+
+    host: str | None
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListenUnix:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListenSystemd:
+    """Sockets that systemd has opened; with a name only those of that FileDescriptorName=."""
+
+    name: str | None
+
+
+Listen = ListenTCP | ListenUnix | ListenSystemd
+
+
+@dataclass(frozen=True, slots=True)
+class TLSSettings:
+    """Files, all PEM. `client_ca` None: anyone may enter, said aloud with `--allow-anonymous`."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None
+    crl: Path | None = None
+    minimum: Literal["1.2", "1.3"] = "1.2"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one gateway runs with. `tls` None is `--tls off`: loopback and Unix sockets only."""
+
+    socket: str
+    tls: TLSSettings | None
+    listen: tuple[Listen, ...] = (ListenTCP(None, DEFAULT_PORT),)
+    export: str | None = ""  # None: --any-export
+    read_only: bool = False
+    max_connections: int = 100
+    handshake_timeout_s: float = 10.0  # accept until GO is granted, TLS included
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_socket_path("--socket", self.socket)
+        if self.export is not None and (len(self.export.encode()) > 4096 or "\0" in self.export):
+            raise SettingsError("--export: an export's name has at most 4096 bytes and no NUL")
+
+
+def check_socket_path(flag: str, path: str) -> None:
+    """Raises SettingsError if no Unix socket can have this path."""
+    length = len(path.encode(errors="surrogateescape"))
+    if not length or "\0" in path:
+        raise SettingsError(f"{flag}: not a path: {path!r}")
+    if length > MAX_SOCKET_PATH:
+        raise SettingsError(
+            f"{flag}: the path has {length} bytes, and a Unix socket's address holds "
+            f"{MAX_SOCKET_PATH}: use a shorter or a relative path"
+        )
+
+
+def parse_listen(text: str) -> Listen:
+    """`HOST:PORT`, `:PORT`, `[V6]:PORT`, `unix:PATH`, `systemd[:NAME]`. Raises SettingsError."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        check_socket_path("--listen", path)
+        return ListenUnix(path)
+    if text == "systemd" or text.startswith("systemd:"):
+        return ListenSystemd(text.partition(":")[2] or None)
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        _check_v6(host, text)
+    elif ":" in host:
+        raise SettingsError(f"--listen {text}: an IPv6 address goes in brackets: [{host}]:{port}")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise SettingsError(
+            f"--listen {text}: not an address: "
+            "use HOST:PORT, :PORT, [V6]:PORT, unix:PATH or systemd"
+        )
+    return ListenTCP(host or None, int(port))
+
+
+def _check_v6(host: str, text: str) -> None:
+    try:
+        ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError:
+        raise SettingsError(f"--listen {text}: {host!r} is not an IPv6 address") from None
+
+
+def tls_files(directory: Path, *, anonymous: bool, minimum: Literal["1.2", "1.3"]) -> TLSSettings:
+    """The files of a directory as QEMU, nbdkit and libnbd name them. Raises SettingsError.
+
+    A `ca-crl.pem` is used if it is there. With `anonymous` the CA is not needed.
+    """
+    if not directory.is_dir():
+        raise SettingsError(f"--tls-dir {directory}: not a directory")
+    crl = directory / TLS_DIR_CRL
+    return TLSSettings(
+        cert=directory / TLS_DIR_CERT,
+        key=directory / TLS_DIR_KEY,
+        client_ca=None if anonymous else directory / TLS_DIR_CA,
+        crl=crl if crl.exists() and not anonymous else None,
+        minimum=minimum,
+    )

@@ -1,0 +1,268 @@
+"""A non-blocking byte channel over a connected socket, plain or TLS: one face for both.
+
+TLS is `ssl.SSLSocket` on the real descriptor, not `trio.SSLStream`: OpenSSL reads and writes the
+socket itself, nothing is copied through memory BIOs, and alerts are flushed by OpenSSL. Each call
+is tried first, and Trio is asked to wait only when the kernel has said that there is nothing.
+
+One task reads a channel, one task writes it; they may be two.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from gateway.errors import ChannelClosed
+
+RECORD: Final = 16384  # the most that one TLS record holds; RFC 8446, section 5.1
+LINGER_S: Final = 2.0  # how long a last word may take to reach the peer
+_LINGER_BYTES: Final = 1 << 20
+
+
+class Channel:
+    """A plain channel. Owns the socket: `close` or `aclose` it, on every path.
+
+    `bytes_read` and `bytes_written` count payload, above TLS.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._drained = True  # nothing more had arrived when we last looked
+        self.eof = False
+        self.truncated = False  # EOF without the end that the protocol demands
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    # -- reading
+
+    async def readable(self) -> None:
+        """Wait until `fill` may find something. Always a checkpoint. Holds no memory."""
+        if self._drained:
+            await trio.lowlevel.wait_readable(self._sock)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def fill(self, view: memoryview, *, probe: bool = True) -> int:
+        """Move what has arrived into `view` without waiting. Returns how many bytes.
+
+        0 means nothing has, or the end: see `eof`. With `probe` false, a short read is taken to
+        mean that there is no more, which saves a system call when it is true and costs a turn of
+        the loop when it is not. Raises ChannelClosed.
+        """
+        try:
+            count = self._sock.recv_into(view)
+        except BlockingIOError:
+            self._drained = True
+            return 0
+        except OSError as error:
+            raise ChannelClosed(_reason(error)) from error
+        if count == 0:
+            self.eof = True
+        self._drained = count < len(view)  # a stream socket gives all it has
+        self.bytes_read += count
+        return count
+
+    async def receive(self, limit: int = 1 << 16) -> bytes:
+        """At least one byte, at most `limit`; empty at the end. For handshakes, not for bulk."""
+        buffer = bytearray(limit)
+        view = memoryview(buffer)
+        while True:
+            await self.readable()
+            count = self.fill(view)
+            if count or self.eof:
+                return bytes(view[:count])
+
+    # -- writing
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of `data`. No checkpoint unless the kernel makes us wait.
+
+        Cancelled, or on ChannelClosed: the peer holds an unknown part of it.
+        """
+        with memoryview(data) as view:
+            sent = 0
+            while sent < len(view):
+                try:
+                    sent += self._sock.send(view[sent:])
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._sock)
+                except OSError as error:
+                    raise ChannelClosed(_reason(error)) from error
+        self.bytes_written += len(data)
+
+    # -- ending
+
+    def shutdown(self) -> None:
+        """Wake a reader with EOF, behind what has arrived already. Idempotent."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+
+    async def aclose(self) -> None:
+        """Close so that what was sent last still arrives: wait (LINGER_S at most) for the peer.
+
+        A close with unread bytes in the receive buffer makes the kernel send RST, which would
+        destroy a TLS alert or an error reply that is still on its way.
+        """
+        try:
+            with trio.move_on_after(LINGER_S):
+                self._sock.shutdown(socket.SHUT_WR)
+                left = _LINGER_BYTES
+                while left > 0:
+                    await trio.lowlevel.wait_readable(self._sock)
+                    chunk = socket.socket.recv(self._sock, 1 << 16)
+                    if not chunk:
+                        break
+                    left -= len(chunk)
+        except OSError:
+            pass  # the peer was faster
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once. Idempotent."""
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, for options and addresses; not for bytes."""
+        return self._sock
+
+    async def start_tls(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool = True,
+        server_hostname: str | None = None,
+    ) -> TLSChannel:
+        """Hand the socket over to TLS and shake hands. This channel is of no more use.
+
+        Raises ssl.SSLError with OpenSSL's reason, or ChannelClosed. On any failure and on
+        cancellation the new owner is closed, after the alert had its chance to arrive.
+        """
+        try:
+            wrapped = context.wrap_socket(
+                self._sock,
+                server_side=server_side,
+                server_hostname=server_hostname,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+            )
+        except ssl.SSLError:
+            raise
+        except OSError as error:  # already gone
+            raise ChannelClosed(_reason(error)) from error
+        channel = TLSChannel(wrapped)
+        try:
+            await channel.do_handshake()
+        except ssl.SSLError:
+            await Channel.aclose(channel)
+            raise
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+
+class TLSChannel(Channel):
+    """A channel inside TLS, made by `Channel.start_tls`."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        super().__init__(sock)
+        self._tls = sock
+        self._mid_write = False
+        self._drained = False  # the handshake may have read ahead
+
+    async def do_handshake(self) -> None:
+        """Raises ssl.SSLError or ChannelClosed. proto.md, "TLS support"."""
+        while True:
+            try:
+                self._tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                await trio.lowlevel.wait_readable(self._tls)
+            except ssl.SSLWantWriteError:
+                await trio.lowlevel.wait_writable(self._tls)
+            except ssl.SSLError:
+                raise
+            except OSError as error:
+                raise ChannelClosed(_reason(error)) from error
+
+    @property
+    def tls(self) -> ssl.SSLSocket:
+        """The TLS socket, for what was negotiated; not for bytes."""
+        return self._tls
+
+    def fill(self, view: memoryview, *, probe: bool = True) -> int:
+        """As for a plain channel. Reads whole records until there are no more or no room."""
+        read: Callable[[int, memoryview], int] = self._tls.read  # type: ignore[assignment]
+        filled, room = 0, len(view)
+        try:
+            while filled < room:
+                count = read(room - filled, view[filled:])
+                if not count:  # close_notify
+                    self.eof = True
+                    break
+                filled += count
+                if not probe and count < RECORD and not self._tls.pending():
+                    self._drained = True
+                    break
+            else:
+                self._drained = False
+        except ssl.SSLWantReadError:
+            self._drained = True
+        except ssl.SSLWantWriteError:
+            # A key update that OpenSSL wants to answer. It does so with our next write.
+            self._drained = True
+        except ssl.SSLEOFError:
+            self.eof = self.truncated = True
+        except OSError as error:
+            if filled == 0:
+                raise ChannelClosed(_reason(error)) from error
+            self._drained = False  # the next call meets the error again
+        self.bytes_read += filled
+        return filled
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        write = self._tls.write
+        self._mid_write = True
+        with memoryview(data) as view:
+            sent = 0
+            while sent < len(view):
+                try:
+                    sent += write(view[sent:])
+                except ssl.SSLWantWriteError:
+                    await trio.lowlevel.wait_writable(self._tls)
+                except ssl.SSLWantReadError:  # OpenSSL never asks for it without renegotiation
+                    raise ChannelClosed("TLS wants to read before it writes") from None
+                except OSError as error:
+                    raise ChannelClosed(_reason(error)) from error
+        self._mid_write = False
+        self.bytes_written += len(data)
+
+    async def aclose(self) -> None:
+        """Send close_notify, unless a write was cut short, then close as a plain channel does.
+
+        The peer's close_notify is not waited for.
+        """
+        if not self._mid_write and self._tls.fileno() >= 0:
+            self._mid_write = True  # once
+            try:
+                self._tls.unwrap()
+            except (OSError, ValueError):
+                pass  # our close_notify is out, or the peer is gone
+        await super().aclose()
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return error.reason or str(error)
+    return error.strerror or str(error)

@@ -1,0 +1,224 @@
+"""One session's upstream: dialled when the client first needs it, asked in its own dialect."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from typing import Final
+
+import trio
+
+from gateway.errors import ChannelClosed, PeerError, UpstreamUnavailable
+from gateway.nbd.constants import Info, Rep
+from gateway.nbd.handshake import Greeted, Handshake, Style
+from gateway.nbd.pairing import (
+    Acked,
+    Answer,
+    Granted,
+    ListExports,
+    Open,
+    QueryContexts,
+    Question,
+    Refused,
+    Unavailable,
+    UseStructuredReplies,
+)
+from gateway.nbd.wire import disconnect_request, rep_name
+from gateway.transport import Channel
+
+SEND_BUFFER: Final = 1 << 20  # bytes; the default of 208 KiB costs bulk writes a tenth
+_BUSY_RETRY_S: Final = 0.02  # a full backlog on a Unix socket is EAGAIN, not a wait
+_GOODBYE_S: Final = 1.0
+
+_UNSUPPORTED: Final = Refused(Rep.ERR_UNSUP)
+
+
+class Upstream:
+    """The upstream of one client. `aclose` it on every path.
+
+    `oldstyle_name` is the name by which an oldstyle server, which has none, may be opened.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        log: logging.LoggerAdapter[logging.Logger],
+        *,
+        oldstyle_name: str,
+        timeout_s: float,
+    ) -> None:
+        self._path = path
+        self._log = log
+        self._oldstyle_name = oldstyle_name
+        self._timeout_s = timeout_s
+        self._channel: Channel | None = None
+        self._handshake = Handshake()
+        self._structured = False
+        self._taken = False
+        # Set once the upstream is in transmission: the name, and what it granted.
+        self._opened: tuple[str, Granted] | None = None
+
+    async def ask(self, question: Question) -> Answer:
+        """The upstream's answer. Failures to reach or understand it are logged, once each.
+
+        proto.md: "Fixed newstyle negotiation", and NBD_OPT_GO for the fall-back.
+        """
+        try:
+            with trio.fail_after(self._timeout_s):
+                return await self._answer(question)
+        except trio.TooSlowError:
+            reason = f"{self._path} did not answer within {self._timeout_s:g} s"
+        except (PeerError, UpstreamUnavailable) as error:
+            reason = str(error)
+        except ChannelClosed as error:
+            reason = f"{self._handshake.closed()} ({error})"
+        self._hang_up()
+        self._log.warning("upstream unavailable: %s", reason)
+        return Unavailable()
+
+    def take_channel(self) -> Channel:
+        """The channel, for the transmission phase, which ends with the taker's NBD_CMD_DISC.
+
+        Still closed by `aclose`.
+        """
+        assert self._channel is not None
+        assert self._opened is not None
+        self._taken = True
+        return self._channel
+
+    async def aclose(self) -> None:
+        """Close the connection, with a last word (DISC or ABORT) unless that is the taker's."""
+        channel, self._channel = self._channel, None
+        if channel is None:
+            return
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _GOODBYE_S):
+                if self._opened and not self._taken:
+                    await channel.send_all(disconnect_request())
+                elif not self._opened and self._handshake.style is Style.FIXED_NEWSTYLE:
+                    await channel.send_all(self._handshake.abort())
+        except ChannelClosed:
+            pass  # it went first
+        finally:
+            channel.close()
+
+    # -- in the upstream's own dialect
+
+    async def _answer(self, question: Question) -> Answer:
+        if isinstance(question, Open) and self._opened and self._opened[0] != question.name:
+            self._hang_up()  # it is in transmission with another export
+        if self._channel is None:
+            if self._structured:
+                raise UpstreamUnavailable(f"{self._path} went away during the negotiation")
+            await self._dial()
+        if isinstance(question, Open):
+            return await self._open(question)
+        if self._opened or self._handshake.style is not Style.FIXED_NEWSTYLE:
+            return _UNSUPPORTED  # oldstyle and newstyle have no options to ask with
+        match question:
+            case UseStructuredReplies():
+                answer = await self._exchange(self._handshake.structured_reply())
+                self._structured = isinstance(answer, Acked)
+            case ListExports():
+                answer = await self._exchange(self._handshake.list_exports())
+            case QueryContexts(name, queries, select):
+                option = (
+                    self._handshake.set_meta_context
+                    if select
+                    else self._handshake.list_meta_context
+                )
+                answer = await self._exchange(option(name, queries))
+        return answer
+
+    async def _open(self, question: Open) -> Answer:
+        if self._opened:  # an oldstyle server has one export, by one name
+            name, granted = self._opened
+            return granted if name == question.name else Refused(Rep.ERR_UNKNOWN)
+        style = self._handshake.style
+        if style is Style.FIXED_NEWSTYLE:
+            # Always asked for, since the gateway has to keep to it ("it MUST abide by the size
+            # constraints it receives") whether or not the client knows them.
+            infos = tuple(dict.fromkeys((*question.infos, Info.BLOCK_SIZE)))
+            option = self._handshake.go if question.go else self._handshake.info
+            answer = await self._exchange(option(question.name, infos))
+            if isinstance(answer, Granted) and question.go:
+                self._opened = (question.name, answer)
+            if not (isinstance(answer, Refused) and answer.kind == Rep.ERR_UNSUP):
+                return answer
+        try:
+            answer = await self._exchange(self._handshake.export_name(question.name))
+        except (ChannelClosed, PeerError):  # closing is its only way to say no
+            self._hang_up()
+            self._log.info("the upstream closed the connection when asked for the export")
+            return Refused(Rep.ERR_UNKNOWN)
+        assert isinstance(answer, Granted)
+        self._opened = (question.name, answer)
+        return answer
+
+    async def _exchange(self, option: bytes) -> Answer:
+        assert self._channel is not None
+        await self._channel.send_all(option)
+        answer = await self._receive()
+        assert not isinstance(answer, Greeted)
+        if isinstance(answer, Refused):
+            self._log.debug("upstream refuses: %s %r", rep_name(answer.kind), answer.text[:80])
+        return answer
+
+    async def _receive(self) -> Greeted | Answer:
+        assert self._channel is not None
+        while True:
+            data = await self._channel.receive()
+            if not data:
+                raise self._handshake.closed()
+            if (result := self._handshake.receive(data)) is not None:
+                return result
+
+    async def _dial(self) -> None:
+        """Connect and greet. Raises UpstreamUnavailable, PeerError or ChannelClosed."""
+        self._handshake = Handshake()
+        self._channel = Channel(await _connect(self._path))
+        greeted = await self._receive()
+        assert isinstance(greeted, Greeted)
+        self._log.debug("upstream speaks %s", greeted.style.value)
+        if greeted.export is not None:
+            self._opened = (self._oldstyle_name, greeted.export)
+        else:
+            await self._channel.send_all(greeted.reply)
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._opened = None
+
+
+async def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                await trio.sleep(_BUSY_RETRY_S)
+            else:
+                return sock
+    except OSError as error:
+        sock.close()
+        raise UpstreamUnavailable(f"{path}: {_in_words(error)}") from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _in_words(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return "no such socket: is the NBD server running?"
+        case errno.ECONNREFUSED:
+            return "connection refused: nobody listens on this socket any more"
+        case errno.EACCES:
+            return "permission denied: the gateway's user may not open this socket"
+        case _:
+            return error.strerror or str(error)

@@ -1,0 +1,503 @@
+"""gateway.pki: the profile field by field, and how the files get into the folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+
+from gateway import pki
+from gateway.pki import CertificateAuthority, Credential, PkiError
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+SIX = ("ca-cert.pem", "ca/ca-key.pem", "client-cert.pem", "client-key.pem") + (
+    "server-cert.pem",
+    "server-key.pem",
+)
+
+
+@pytest.fixture(scope="module")
+def authority() -> CertificateAuthority:
+    return CertificateAuthority.create("test CA", now=NOW)
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def critical(certificate: x509.Certificate) -> dict[x509.ObjectIdentifier, bool]:
+    return {each.oid: each.critical for each in certificate.extensions}
+
+
+def extension(credential: Credential, kind: type[Any]) -> Any:
+    return credential.certificate.extensions.get_extension_for_class(kind).value
+
+
+def key_usage(credential: Credential) -> set[str]:
+    usage = extension(credential, x509.KeyUsage)
+    always = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment")
+    bits = (*always, "key_agreement", "key_cert_sign", "crl_sign")
+    return {bit for bit in bits if getattr(usage, bit)}
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below the folder: files with their content, folders with None."""
+    found = folder.rglob("*")
+    return {
+        str(each.relative_to(folder)): None if each.is_dir() else each.read_bytes()
+        for each in found
+    }
+
+
+# ---------------------------------------------------------------- the profile
+
+
+def test_the_authority(authority: CertificateAuthority) -> None:
+    certificate = authority.certificate
+    assert certificate.version is x509.Version.v3
+    assert certificate.subject.rfc4514_string() == "CN=test CA"
+    assert certificate.issuer == certificate.subject
+    assert isinstance(certificate.public_key(), ec.EllipticCurvePublicKey)
+    assert isinstance(authority.key.curve, ec.SECP256R1)
+    assert certificate.signature_algorithm_oid == x509.SignatureAlgorithmOID.ECDSA_WITH_SHA256
+    assert certificate.not_valid_before_utc == NOW - HOUR
+    assert certificate.not_valid_after_utc == NOW + 3650 * DAY
+    assert critical(certificate) == {
+        ExtensionOID.SUBJECT_KEY_IDENTIFIER: False,
+        ExtensionOID.AUTHORITY_KEY_IDENTIFIER: False,
+        ExtensionOID.BASIC_CONSTRAINTS: True,
+        ExtensionOID.KEY_USAGE: True,
+    }
+    assert extension(authority, x509.BasicConstraints) == x509.BasicConstraints(True, 0)
+    assert key_usage(authority) == {"key_cert_sign", "crl_sign"}
+    certificate.verify_directly_issued_by(certificate)
+
+
+def test_a_server_certificate(authority: CertificateAuthority) -> None:
+    names = ["Gateway.Example.com", "*.example.org.", "192.0.2.1", "2001:DB8:0::1"]
+    server = authority.issue_server(names, now=NOW)
+    certificate = server.certificate
+    certificate.verify_directly_issued_by(authority.certificate)
+    assert certificate.subject.rfc4514_string() == "CN=gateway.example.com"
+    assert certificate.not_valid_before_utc == NOW - HOUR
+    assert certificate.not_valid_after_utc == NOW + 397 * DAY
+    assert critical(certificate) == {
+        ExtensionOID.SUBJECT_KEY_IDENTIFIER: False,
+        ExtensionOID.AUTHORITY_KEY_IDENTIFIER: False,
+        ExtensionOID.BASIC_CONSTRAINTS: True,
+        ExtensionOID.KEY_USAGE: True,
+        ExtensionOID.EXTENDED_KEY_USAGE: False,
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME: False,
+    }
+    assert extension(server, x509.BasicConstraints) == x509.BasicConstraints(False, None)
+    assert key_usage(server) == {"digital_signature", "key_encipherment"}
+    assert list(extension(server, x509.ExtendedKeyUsage)) == [ExtendedKeyUsageOID.SERVER_AUTH]
+    assert list(extension(server, x509.SubjectAlternativeName)) == [
+        x509.DNSName("gateway.example.com"),
+        x509.DNSName("*.example.org"),
+        x509.IPAddress(ip_address("192.0.2.1")),
+        x509.IPAddress(ip_address("2001:db8::1")),
+    ]
+
+
+def test_a_client_certificate_has_a_san_only_for_uris(authority: CertificateAuthority) -> None:
+    plain = authority.issue_client("Jürgen, vm 1", now=NOW)
+    plain.certificate.verify_directly_issued_by(authority.certificate)
+    assert plain.certificate.subject.rfc4514_string() == "CN=Jürgen\\, vm 1"
+    assert plain.certificate.not_valid_after_utc == NOW + 90 * DAY
+    assert list(extension(plain, x509.ExtendedKeyUsage)) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert key_usage(plain) == {"digital_signature", "key_encipherment"}
+    assert ExtensionOID.SUBJECT_ALTERNATIVE_NAME not in critical(plain.certificate)
+
+    named = authority.issue_client("vm1", uris=["spiffe://example.com/vm1"], now=NOW)
+    assert list(extension(named, x509.SubjectAlternativeName)) == [
+        x509.UniformResourceIdentifier("spiffe://example.com/vm1")
+    ]
+    assert critical(named.certificate)[ExtensionOID.SUBJECT_ALTERNATIVE_NAME] is False
+
+
+def test_key_identifiers_link_leaf_and_authority(authority: CertificateAuthority) -> None:
+    ours = extension(authority, x509.SubjectKeyIdentifier).digest
+    client = authority.issue_client("c")
+    for each in (authority, authority.issue_server(["h"]), client):
+        assert extension(each, x509.AuthorityKeyIdentifier).key_identifier == ours
+    assert extension(client, x509.SubjectKeyIdentifier).digest != ours
+
+
+def test_pem_holds_the_certificate_and_its_own_key(authority: CertificateAuthority) -> None:
+    for each in (authority, authority.issue_server(["h"]), authority.issue_client("c")):
+        assert x509.load_pem_x509_certificate(each.cert_pem) == each.certificate
+        assert each.key_pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
+        key = serialization.load_pem_private_key(each.key_pem, None)
+        assert key.public_key() == each.certificate.public_key()
+        assert re.fullmatch("[0-9a-f]{64}", each.sha256)
+        assert each.not_after == each.certificate.not_valid_after_utc
+        assert "key=" not in repr(each)
+
+
+def test_serial_numbers_and_keys_are_random(authority: CertificateAuthority) -> None:
+    issued = [authority.issue_client("same", now=NOW) for _ in range(8)]
+    assert len({each.certificate.serial_number for each in issued}) == len(issued)
+    assert len({each.certificate.public_key() for each in issued}) == len(issued)
+    assert all(each.certificate.serial_number.bit_length() > 64 for each in issued)
+
+
+def test_a_leaf_does_not_outlive_its_authority() -> None:
+    authority = CertificateAuthority.create("short", 10, NOW)
+    assert authority.issue_server(["h"], 397, NOW).not_after == NOW + 10 * DAY
+    with pytest.raises(PkiError, match="the CA ends on 2030-01-12"):
+        authority.issue_client("c", 90, NOW + 11 * DAY)
+
+
+def test_overrides_for_wrong_certificates(authority: CertificateAuthority) -> None:
+    expired = authority.issue_server(
+        ["h"], not_before=NOW - 2 * DAY, not_after=NOW - DAY, usages=[]
+    )
+    assert expired.certificate.not_valid_before_utc == NOW - 2 * DAY
+    assert expired.not_after == NOW - DAY
+    assert ExtensionOID.EXTENDED_KEY_USAGE not in critical(expired.certificate)
+    both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert list(extension(authority.issue_client("c", usages=both), x509.ExtendedKeyUsage)) == both
+
+
+def test_the_time_may_be_given_in_any_zone(authority: CertificateAuthority) -> None:
+    local = NOW.astimezone(datetime.strptime("+0530", "%z").tzinfo)
+    assert authority.issue_client("c", now=local).not_after == NOW + 90 * DAY
+
+
+def test_a_revocation_list(authority: CertificateAuthority) -> None:
+    crl = x509.load_pem_x509_crl(authority.revoke_list([7, 5, 7], NOW, 30))
+    public_key = authority.certificate.public_key()
+    assert isinstance(public_key, ec.EllipticCurvePublicKey)
+    assert crl.is_signature_valid(public_key)
+    assert crl.issuer == authority.certificate.subject
+    assert [each.serial_number for each in crl] == [5, 7]
+    assert crl.last_update_utc == NOW - HOUR
+    assert crl.next_update_utc == NOW + 30 * DAY
+
+    def number(raw: bytes) -> int:
+        parsed = x509.load_pem_x509_crl(raw)
+        return parsed.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+
+    assert number(authority.revoke_list([], NOW + timedelta(seconds=1))) == 1 + number(
+        authority.revoke_list([], NOW)
+    )
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("LOCALHOST", "localhost"),
+        ("a.example.com.", "a.example.com"),
+        ("xn--mnchen-3ya.de", "xn--mnchen-3ya.de"),
+        ("*.Example.com", "*.example.com"),
+        ("3com.example", "3com.example"),
+        ("0:0::1", "::1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("a" * 63 + ".example", "a" * 63 + ".example"),
+    ],
+)
+def test_good_server_names(given: str, kept: str) -> None:
+    assert pki.check_server_name(given) == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "not a DNS name or IP address"),
+        (".", "not a DNS name or IP address"),
+        ("a..b", "not a DNS name or IP address"),
+        ("-a.example", "not a DNS name or IP address"),
+        ("under_score", "not a DNS name or IP address"),
+        ("host:10809", "no port"),
+        ("[::1]", "not a DNS name or IP address"),
+        ("fe80::1%eth0", "not a DNS name or IP address"),
+        ("10.0.0.0/8", "not a DNS name or IP address"),
+        ("two words", "not a DNS name or IP address"),
+        ("line\n", "not a DNS name or IP address"),
+        ("a" * 64, "not a DNS name or IP address"),
+        (".".join(["a" * 63] * 4), "not a DNS name or IP address"),
+        ("münchen.de", "A-label"),
+        ("300.1.1.1", "never a number"),
+        ("1234", "never a number"),
+        ("*", "not a DNS name or IP address"),
+        ("*.com", "two names behind it"),
+        ("a.*.example.com", "not a DNS name or IP address"),
+        ("*a.example.com", "not a DNS name or IP address"),
+    ],
+)
+def test_bad_server_names(name: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(PkiError, match=why) as caught:
+        pki.init(tmp_path / "tls", ["good.example", name])
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "\0", "x" * 65, "ü" * 33])
+def test_bad_client_names(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PkiError, match="name"):
+        pki.init(tmp_path / "tls", client_name=name)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("uri", ["", "no-scheme", "a:b c", "x://ü", "x:\n", "http://["])
+def test_bad_uris(uri: str, authority: CertificateAuthority) -> None:
+    with pytest.raises(PkiError, match="not a URI"):
+        authority.issue_client("c", uris=[uri])
+
+
+@pytest.mark.parametrize("days", [-1, 0, 36501, 10**12])
+def test_bad_lifetimes(days: int, authority: CertificateAuthority) -> None:
+    with pytest.raises(PkiError, match="not between 1 and 36500"):
+        authority.issue_client("c", days)
+
+
+def test_a_server_certificate_needs_a_name(authority: CertificateAuthority) -> None:
+    with pytest.raises(PkiError, match="at least one name"):
+        authority.issue_server([])
+
+
+def test_a_name_too_long_for_the_cn_is_in_the_san_only(authority: CertificateAuthority) -> None:
+    name = "a" * 40 + "." + "b" * 40
+    server = authority.issue_server([name])
+    assert server.certificate.subject.rfc4514_string() == "CN=nbd-gateway server"
+    assert list(extension(server, x509.SubjectAlternativeName)) == [x509.DNSName(name)]
+
+
+# ---------------------------------------------------------------- init
+
+
+def test_init_writes_six_files_and_says_which(tmp_path: Path) -> None:
+    issued = pki.init(tmp_path / "tls", ["gw.example"], client_name="vm1", now=NOW)
+    assert sorted(str(path.relative_to(issued.directory)) for path in issued.paths) == sorted(SIX)
+    assert {name for name, content in snapshot(tmp_path / "tls").items() if content} == set(SIX)
+    assert issued.server_names == ("gw.example", "localhost", "127.0.0.1", "::1")
+    certificates = []
+    for pair, name, days in (
+        (issued.ca, issued.ca.name, 3650),
+        (issued.server, "gw.example", 397),
+        (issued.client, "vm1", 90),
+    ):
+        certificate = x509.load_pem_x509_certificate(pair.cert.read_bytes())
+        key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
+        assert key.public_key() == certificate.public_key()
+        assert certificate.subject.rfc4514_string() == f"CN={name}"
+        assert pair.name == name
+        assert pair.not_after == certificate.not_valid_after_utc == NOW + days * DAY
+        assert pair.sha256 == Credential(certificate, key).sha256  # type: ignore[arg-type]
+        certificates.append(certificate)
+    for certificate in certificates:
+        certificate.verify_directly_issued_by(certificates[0])
+
+
+def test_two_authorities_never_share_a_name(tmp_path: Path) -> None:
+    names = {pki.init(tmp_path / folder).ca.name for folder in "abc"}
+    assert len(names) == 3
+    assert all(re.fullmatch("nbd-gateway CA [0-9a-f]{8}", name) for name in names)
+
+
+@pytest.mark.usefixtures("umask")
+def test_modes_do_not_depend_on_the_umask(tmp_path: Path) -> None:
+    directory = tmp_path / "tls"
+
+    def modes() -> dict[str, str]:
+        found = [directory, *directory.rglob("*")]
+        return {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in found}
+
+    expected = {name.removeprefix("ca/"): "0o644" for name in SIX} | {"tls": "0o700", "ca": "0o700"}
+    expected |= {name: "0o600" for name in ("ca-key.pem", "server-key.pem", "client-key.pem")}
+    pki.init(directory)
+    assert modes() == expected
+    for path in directory.glob("*.pem"):
+        path.chmod(0o666)
+    pki.init(directory, force=True)
+    assert modes() == expected
+
+
+def test_keys_are_private_from_the_first_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, created = os.open, {}
+
+    def spy(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            assert flags & os.O_EXCL
+            created[Path(path).name] = mode
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", spy)
+    pki.init(tmp_path / "tls")
+    keys = (".ca-key.pem.new", ".server-key.pem.new", ".client-key.pem.new")
+    assert {name: created[name] for name in keys} == dict.fromkeys(keys, 0o600)
+    assert len(created) == len(SIX)
+
+
+def test_the_names_of_this_host_are_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(host: str, full: str, *given: str) -> tuple[str, ...]:
+        monkeypatch.setattr(socket, "gethostname", lambda: host)
+        monkeypatch.setattr(socket, "getfqdn", lambda: full)
+        return pki.init(tmp_path, given, force=True).server_names
+
+    local = ("localhost", "127.0.0.1", "::1")
+    assert names("Disk1", "disk1.example.com") == ("disk1", "disk1.example.com", *local)
+    assert names("disk1", "disk1") == ("disk1", *local)
+    assert names("bad_name", "(none)") == local
+    assert names("localhost", "localhost") == local
+    assert names("disk1", "disk1", "a.example", "::1", "a.EXAMPLE") == ("a.example", "::1") + (
+        "localhost",
+        "127.0.0.1",
+    )
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    issued = pki.init(Path("tls"))
+    assert issued.directory == tmp_path / "tls"
+    assert all(path.is_absolute() and path.is_file() for path in issued.paths)
+
+
+def test_missing_parents_are_made_and_an_existing_folder_keeps_its_mode(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        pki.init(tmp_path / "a/b/tls")
+        (tmp_path / "mine").mkdir(0o755)
+        pki.init(tmp_path / "mine")
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a/b", "a/b/tls", "mine")]
+    assert modes == [0o755, 0o700, 0o755]
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_nothing_is_overwritten_without_force(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ca").mkdir()
+    (tmp_path / name).write_bytes(b"mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(PkiError, match=f"already has {name}.*--force"):
+        pki.init(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_dangling_link_counts_as_there(tmp_path: Path) -> None:
+    (tmp_path / "server-key.pem").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PkiError, match=r"already has server-key\.pem"):
+        pki.init(tmp_path)
+    pki.init(tmp_path, force=True)
+    assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "server-key.pem").is_symlink()
+
+
+def test_force_replaces_the_whole_set_and_leaves_other_files(tmp_path: Path) -> None:
+    pki.init(tmp_path)
+    (tmp_path / "ca-crl.pem").write_bytes(b"other")
+    before = snapshot(tmp_path)
+    pki.init(tmp_path, force=True)
+    after = snapshot(tmp_path)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == set(SIX)
+
+
+def test_force_works_with_the_authority_key_taken_away(tmp_path: Path) -> None:
+    pki.init(tmp_path)
+    (tmp_path / "ca/ca-key.pem").unlink()
+    (tmp_path / "ca").rmdir()
+    pki.init(tmp_path, force=True)
+    assert {name for name, content in snapshot(tmp_path).items() if content} == set(SIX)
+
+
+# ---------------------------------------------------------------- init, when it cannot
+
+
+def test_the_directory_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(PkiError, match="file is a file, not a folder"):
+        pki.init(tmp_path / "file", force=True)
+    with pytest.raises(PkiError, match="Not a directory.*nothing was changed"):
+        pki.init(tmp_path / "file/tls")
+    assert snapshot(tmp_path) == {"file": b"mine"}
+
+
+def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "ca-cert.pem").mkdir()
+    with pytest.raises(PkiError, match="is a folder, not a file"):
+        pki.init(tmp_path, force=True)
+    assert snapshot(tmp_path) == {"ca-cert.pem": None}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_the_directory_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "tls").mkdir(0o500)
+    with pytest.raises(PkiError, match="cannot write.*Permission denied"):
+        pki.init(tmp_path / "tls")
+    assert snapshot(tmp_path) == {"tls": None}
+
+
+class Failing:
+    """Stands in for a function and fails at its n-th call."""
+
+    def __init__(self, real: Callable[..., Any], at: int, error: BaseException) -> None:
+        self.real, self.at, self.error, self.calls = real, at, error, 0
+
+    def __get__(self, instance: object, owner: object) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.real(*args, **kwargs)
+
+
+STEPS = [(os, "open"), (os, "fchmod"), (os, "fsync"), (Path, "rename"), (Path, "mkdir")]
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_a_failure_at_any_step_changes_nothing(
+    owner: Any, name: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "parent/tls"
+    if force:
+        pki.init(directory)
+        (directory / "client-cert.pem").unlink()  # a set with a gap
+        if name == "mkdir":
+            (directory / "ca/ca-key.pem").unlink()
+            (directory / "ca").rmdir()
+    before = snapshot(tmp_path)
+    at = 0
+    while True:
+        at += 1
+        failing = Failing(getattr(owner, name), at, OSError(28, "No space left on device"))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            if failing.calls < at and at > 1 and steps_of(failing, directory, force, tmp_path):
+                break
+            with pytest.raises(PkiError) as caught:
+                pki.init(directory, force=force)
+        text = str(caught.value)
+        assert text.startswith(f"cannot write the certificates in {directory}: No space left")
+        assert text.endswith("; nothing was changed")
+        assert snapshot(tmp_path) == before

@@ -28,7 +28,7 @@ from gateway.nbd.pairing import Terms
 from gateway.nbd.transmission import Transmission
 from gateway.relay import Relay
 from gateway.settings import Settings
-from gateway.tls import identity, refusal
+from gateway.tls import LEFT, identity, refusal
 from gateway.transport import Channel
 from gateway.upstream import Upstream
 
@@ -113,7 +113,8 @@ class Session:
         except PeerError as fault:
             end, detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
         except ChannelClosed as closed:
-            end, detail = SessionEnd.CLIENT_LEFT, str(closed)
+            # Perhaps behind a refusal: clients need not wait for the answer to their ABORT.
+            end, detail = SessionEnd.CLIENT_LEFT, self._refused() or str(closed)
         except Exception:  # a bug costs this client only
             end = SessionEnd.BUG
             self._log.exception("bug: dropping this client only")
@@ -183,9 +184,8 @@ class Session:
                 await self._act(effect)
             data = await self._channel.receive()
             if not data:
-                raise _Ended(
-                    SessionEnd.PLAINTEXT_CLIENT if machine.refused else SessionEnd.CLIENT_LEFT
-                )
+                left = machine.end is SessionEnd.ABORTED
+                raise _Ended(SessionEnd.CLIENT_LEFT if left else machine.end)
 
     async def _start_tls(self, context: ssl.SSLContext) -> None:
         try:
@@ -193,7 +193,7 @@ class Session:
         except ssl.SSLError as error:
             raise refusal(error) from None
         except ChannelClosed:
-            raise TLSRefused("eof", "it left in the middle of the handshake") from None
+            raise TLSRefused("eof", LEFT) from None
         self._identity = identity(channel.tls)
         cipher = channel.tls.cipher()
         self._tls_words = f"{channel.tls.version()} {cipher[0] if cipher else ''}"
@@ -214,7 +214,7 @@ class Session:
                     await self._act(effect)
             data = await self._channel.receive()
             if not data:
-                raise _Ended(SessionEnd.CLIENT_LEFT, "during the negotiation")
+                raise _Ended(SessionEnd.CLIENT_LEFT, machine.refused)
             effects = machine.receive(data)
 
     async def _act(self, effect: Effect) -> None:
@@ -222,9 +222,12 @@ class Session:
             case Send(data):
                 await self._channel.send_all(data)
             case Close(reason):
-                raise _Ended(reason)
+                raise _Ended(reason, self._refused())
             case _:
                 raise AssertionError(effect)
+
+    def _refused(self) -> str:
+        return self._machine.refused if isinstance(self._machine, Haggling) else ""
 
     async def _transmit(self, agreed: _Agreed) -> tuple[SessionEnd, str]:
         self._terms = agreed.terms

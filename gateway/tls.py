@@ -16,6 +16,8 @@ from gateway.settings import TLSSettings
 _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
+LEFT: Final = "it left in the middle of the handshake; does it know the CA of our certificate?"
+
 # X509_V_ERR_* of OpenSSL to (reason, words about the client's certificate).
 _VERIFY: Final = {
     3: ("no_crl", "there is no CRL of its CA here, so nobody can enter: renew ca-crl.pem"),
@@ -51,7 +53,7 @@ _REASONS: Final = {
         "client_rejected_us",
         "the client says that our certificate has expired",
     ),
-    "UNEXPECTED_EOF_WHILE_READING": ("eof", "it left in the middle of the handshake"),
+    "UNEXPECTED_EOF_WHILE_READING": ("eof", LEFT),
 }
 
 

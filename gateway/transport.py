@@ -263,6 +263,8 @@ class TLSChannel(Channel):
 
 
 def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLEOFError):
+        return "connection cut without an end of TLS"
     if isinstance(error, ssl.SSLError):
         return error.reason or str(error)
     return error.strerror or str(error)

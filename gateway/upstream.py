@@ -56,6 +56,7 @@ class Upstream:
         self._handshake = Handshake()
         self._structured = False
         self._taken = False
+        self._warned = False
         # Set once the upstream is in transmission: the name, and what it granted.
         self._opened: tuple[str, Granted] | None = None
 
@@ -74,7 +75,9 @@ class Upstream:
         except ChannelClosed as error:
             reason = f"{self._handshake.closed()} ({error})"
         self._hang_up()
-        self._log.warning("upstream unavailable: %s", reason)
+        level = logging.DEBUG if self._warned else logging.WARNING  # clients try more than once
+        self._log.log(level, "upstream unavailable: %s", reason)
+        self._warned = True
         return Unavailable()
 
     def take_channel(self) -> Channel:

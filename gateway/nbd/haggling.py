@@ -117,6 +117,7 @@ class Haggling:
         self._contexts_name: str | None = None  # the name they were selected for
         self._done = False
         self._shutdown = False
+        self.refused = ""  # the last export that was refused, and why: for the log
 
     def receive(self, data: bytes) -> list[Effect]:
         """Take bytes from the client, TLS taken off. Raises PeerError."""
@@ -204,9 +205,9 @@ class Haggling:
 
     def _open(self, message: Option, name: str, infos: tuple[int, ...]) -> list[Effect]:
         upstream_name = self._policy.upstream_name(name)
+        self._asked_name, self._asked_infos = name, infos
         if upstream_name is None:
             return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
-        self._asked_name, self._asked_infos = name, infos
         return self._ask(message, Open(upstream_name, infos, go=message.number != Opt.INFO))
 
     def _query_contexts(self, message: Option) -> list[Effect]:
@@ -321,6 +322,7 @@ class Haggling:
         return flags
 
     def _no_export(self, message: Option, kind: Rep, text: str) -> list[Effect]:
+        self.refused = f"export {self._asked_name[:80]!r}: {text}"
         if message.number == Opt.EXPORT_NAME:
             return self._refuse_export_name()
         return [refusal(message, kind, text)]

@@ -167,7 +167,7 @@ class PlainHaggling:
         self._options = Options(max_data=0)
         self._done = False
         self._shutdown = False
-        self.refused = False  # the client wanted something without TLS
+        self.end = SessionEnd.ABORTED  # what it means if the client goes now
 
     def receive(self, data: bytes) -> list[Effect]:
         """Take plaintext from the client. Raises PeerError; never call it after StartTLS."""
@@ -186,10 +186,7 @@ class PlainHaggling:
         match message.number:
             case Opt.ABORT:
                 self._done = True
-                return [
-                    Send(option_reply(Opt.ABORT, Rep.ACK)),
-                    Close(SessionEnd.ABORTED),
-                ]
+                return [Send(option_reply(Opt.ABORT, Rep.ACK)), Close(self.end)]
             case Opt.EXPORT_NAME:  # has no error reply: hanging up is the only "no"
                 self._done = True
                 return [Close(SessionEnd.PLAINTEXT_CLIENT)]
@@ -203,7 +200,7 @@ class PlainHaggling:
                 self._done = True
                 return [Send(option_reply(Opt.STARTTLS, Rep.ACK)), StartTLS()]
             case _:
-                self.refused = True
+                self.end = SessionEnd.PLAINTEXT_CLIENT
                 return [refusal(message, Rep.ERR_TLS_REQD, TLS_REQUIRED)]
 
 

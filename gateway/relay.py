@@ -77,6 +77,8 @@ class _Stream:
     def done_with(self, count: int) -> None:
         """Drop the first `count` bytes, and the buffer if what is left is next to nothing."""
         left = self.held - count
+        if left > _SMALL and not count:
+            return
         if left <= _SMALL:
             self._small = bytes(self.buffer[count : self.held])
             self.give_back()
@@ -169,8 +171,11 @@ class Relay:
         consumed, spans = transmission.requests(stream.buffer, 0, stream.held)
         while transmission.mid_payload and not stream.full:
             # A header without its payload: it is worth a system call to send both in one go.
-            if not stream.read(probe=True):
-                break
+            try:
+                if not stream.read(probe=True):
+                    break
+            except ChannelClosed:
+                break  # what is walked goes on; the next read meets the error again
             consumed, more = transmission.requests(stream.buffer, consumed, stream.held)
             spans += more
         if spans and not self._upstream_gone.is_set():
@@ -194,14 +199,19 @@ class Relay:
     async def _client_done(self, end: SessionEnd) -> None:
         """The client will send no more. Let what is in flight be answered, for a while."""
         self._end = SessionEnd.UPSTREAM_LOST if self._upstream_gone.is_set() else end
-        if self._transmission.idle or self._transmission.mid_request:
+        if self._idle or self._transmission.mid_request:
             return
         self._shutting_down = True
         with trio.move_on_after(DISC_TIMEOUT_S):
             await trio.sleep_forever()  # ended by _end_if_idle
 
+    @property
+    def _idle(self) -> bool:
+        """Whether every request is answered, and the answers are out of our hands."""
+        return self._transmission.idle and not self._client_writer.locked()
+
     def _end_if_idle(self) -> None:
-        if self._shutting_down and self._transmission.idle and not self._transmission.mid_payload:
+        if self._shutting_down and self._idle and not self._transmission.mid_payload:
             self._scope.cancel()
 
     # -- upstream to client
@@ -260,14 +270,15 @@ class Relay:
         for words in last_words:
             await self._client.send_all(words)
         self._client_writer.release()
+        self._end_if_idle()
         await trio.sleep(LOST_TIMEOUT_S)
         self._scope.cancel()
 
     # -- the end
 
     async def _take_leave(self) -> None:
-        if not self._upstream_clean or self._upstream_gone.is_set():
-            return
+        if not self._upstream_clean or self._transmission.mid_request:
+            return  # anything more would be taken for data
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_TIMEOUT_S, shield=True):
             try:
                 await self._upstream.send_all(self._transmission.disconnect_request())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -25,10 +26,11 @@ from gateway.pki import CertificateAuthority, Credential, PkiError
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
-SIX = ("ca-cert.pem", "ca/ca-key.pem", "client-cert.pem", "client-key.pem") + (
-    "server-cert.pem",
-    "server-key.pem",
+SIX = (
+    *("ca-cert.pem", "server-cert.pem", "client-cert.pem"),
+    *("ca/ca-key.pem", "server-key.pem", "client-key.pem"),
 )
+LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_pem_holds_the_certificate_and_its_own_key(authority: CertificateAuthori
 def test_serial_numbers_and_keys_are_random(authority: CertificateAuthority) -> None:
     issued = [authority.issue_client("same", now=NOW) for _ in range(8)]
     assert len({each.certificate.serial_number for each in issued}) == len(issued)
-    assert len({each.certificate.public_key() for each in issued}) == len(issued)
+    assert len({each.key_pem for each in issued}) == len(issued)
     assert all(each.certificate.serial_number.bit_length() > 64 for each in issued)
 
 
@@ -292,7 +294,7 @@ def test_init_writes_six_files_and_says_which(tmp_path: Path) -> None:
     issued = pki.init(tmp_path / "tls", ["gw.example"], client_name="vm1", now=NOW)
     assert sorted(str(path.relative_to(issued.directory)) for path in issued.paths) == sorted(SIX)
     assert {name for name, content in snapshot(tmp_path / "tls").items() if content} == set(SIX)
-    assert issued.server_names == ("gw.example", "localhost", "127.0.0.1", "::1")
+    assert issued.server_names == ("gw.example", *LOCAL)
     certificates = []
     for pair, name, days in (
         (issued.ca, issued.ca.name, 3650),
@@ -361,15 +363,12 @@ def test_the_names_of_this_host_are_the_default(
         monkeypatch.setattr(socket, "getfqdn", lambda: full)
         return pki.init(tmp_path, given, force=True).server_names
 
-    local = ("localhost", "127.0.0.1", "::1")
-    assert names("Disk1", "disk1.example.com") == ("disk1", "disk1.example.com", *local)
-    assert names("disk1", "disk1") == ("disk1", *local)
-    assert names("bad_name", "(none)") == local
-    assert names("localhost", "localhost") == local
-    assert names("disk1", "disk1", "a.example", "::1", "a.EXAMPLE") == ("a.example", "::1") + (
-        "localhost",
-        "127.0.0.1",
-    )
+    assert names("Disk1", "disk1.example.com") == ("disk1", "disk1.example.com", *LOCAL)
+    assert names("disk1", "disk1") == ("disk1", *LOCAL)
+    assert names("bad_name", "(none)") == LOCAL
+    assert names("localhost", "localhost") == LOCAL
+    given = ("a.example", "::1", "a.EXAMPLE")
+    assert names("disk1", "disk1", *given) == ("a.example", "::1", "localhost", "127.0.0.1")
 
 
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +434,7 @@ def test_the_directory_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(PkiError, match="file is a file, not a folder"):
         pki.init(tmp_path / "file", force=True)
-    with pytest.raises(PkiError, match="Not a directory.*nothing was changed"):
+    with pytest.raises(PkiError, match=r"Not a directory.*nothing was changed"):
         pki.init(tmp_path / "file/tls")
     assert snapshot(tmp_path) == {"file": b"mine"}
 
@@ -450,7 +449,7 @@ def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_the_directory_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "tls").mkdir(0o500)
-    with pytest.raises(PkiError, match="cannot write.*Permission denied"):
+    with pytest.raises(PkiError, match=r"cannot write.*Permission denied"):
         pki.init(tmp_path / "tls")
     assert snapshot(tmp_path) == {"tls": None}
 
@@ -471,6 +470,15 @@ class Failing:
         return self.real(*args, **kwargs)
 
 
+def complaint(directory: Path, *, force: bool) -> str | None:
+    """What `init` says against it, or None if it goes through."""
+    try:
+        pki.init(directory, force=force)
+    except PkiError as error:
+        return str(error)
+    return None
+
+
 STEPS = [(os, "open"), (os, "fchmod"), (os, "fsync"), (Path, "rename"), (Path, "mkdir")]
 
 
@@ -487,17 +495,177 @@ def test_a_failure_at_any_step_changes_nothing(
             (directory / "ca/ca-key.pem").unlink()
             (directory / "ca").rmdir()
     before = snapshot(tmp_path)
-    at = 0
-    while True:
-        at += 1
+    for at in itertools.count(1):
         failing = Failing(getattr(owner, name), at, OSError(28, "No space left on device"))
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
-            if failing.calls < at and at > 1 and steps_of(failing, directory, force, tmp_path):
-                break
-            with pytest.raises(PkiError) as caught:
-                pki.init(directory, force=force)
-        text = str(caught.value)
-        assert text.startswith(f"cannot write the certificates in {directory}: No space left")
-        assert text.endswith("; nothing was changed")
+            text = complaint(directory, force=force)
+        if text is None:
+            break  # there is no n-th call: all have had their turn
+        assert text == (
+            f"cannot write the certificates in {directory}: No space left on device; "
+            "nothing was changed"
+        )
         assert snapshot(tmp_path) == before
+    assert at > 1
+    assert failing.calls == at - 1
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
+def test_an_interrupt_changes_nothing(
+    force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if force:
+        pki.init(tmp_path)
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", Failing(Path.rename, 4, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            pki.init(tmp_path, force=force)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_cannot_be_put_back_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pki.init(tmp_path)
+    before = snapshot(tmp_path)
+
+    def broken_disk(self: Path, target: Path) -> None:
+        if self.name != ".ca-key.pem.new" and target.name != ".ca-key.pem.old":
+            raise OSError(5, "Input/output error", str(self))
+        os.rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken_disk)
+        text = complaint(tmp_path, force=True)
+    assert text is not None
+    assert "ca-cert.pem" in text
+    assert "not all could be put back" in text
+    assert f"rename each .NAME.old in {tmp_path} and in its folder ca to NAME" in text
+    # As told, and the former set is whole again.
+    for path in tmp_path.rglob(".*.old"):
+        path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
+    assert snapshot(tmp_path) == before
+
+
+def test_former_files_that_cannot_be_removed_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pki.init(tmp_path)
+    before = snapshot(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", Failing(Path.unlink, 1, OSError(1, "Not permitted", "x")))
+        text = complaint(tmp_path, force=True)
+    assert text is not None
+    assert "the new certificates are in place" in text
+    assert f"remove each .NAME.old in {tmp_path}" in text
+    assert all(snapshot(tmp_path)[name] != before[name] for name in SIX)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
+@pytest.mark.parametrize("left", ["ca/.ca-key.pem.new", ".client-cert.pem.new"])
+def test_another_run_or_its_remains_are_not_touched(left: str, force: bool, tmp_path: Path) -> None:
+    (tmp_path / "ca").mkdir()
+    (tmp_path / left).write_bytes(b"theirs")
+    text = complaint(tmp_path, force=force)
+    assert text == (
+        f"{tmp_path / left} exists: another run is at work, or one was cut short; if so, remove it"
+    )
+    assert snapshot(tmp_path) == {"ca": None, left: b"theirs"}
+
+
+def test_a_former_file_left_by_a_killed_run_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / ".server-key.pem.old").write_bytes(b"former")
+    for force in (False, True):
+        text = complaint(tmp_path, force=force)
+        assert text is not None
+        assert "rename it to server-key.pem" in text
+    assert snapshot(tmp_path) == {".server-key.pem.old": b"former"}
+
+
+def test_a_run_that_finishes_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        real(descriptor)
+        (tmp_path / "server-cert.pem").write_bytes(b"theirs")
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(PkiError, match=r"already has server-cert\.pem"):
+        pki.init(tmp_path)
+    assert snapshot(tmp_path) == {"server-cert.pem": b"theirs"}
+
+
+# ---------------------------------------------------------------- what to do next
+
+
+def commands(text: str) -> list[list[str]]:
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
+
+
+def test_next_steps_are_lines_to_run(tmp_path: Path) -> None:
+    directory = tmp_path / "it's a b,c+&#%$HOME"
+    issued = pki.init(directory, ["gw.example"])
+    folder = str(directory)
+    text = pki.next_steps(issued, socket="/run/my disk.sock")
+    short, long, nbdinfo, qemu_img, nbd_list, nbd_client = commands(text)
+    assert short == ["nbd-gateway", "--tls-dir", folder, "--socket", "/run/my disk.sock"]
+    assert long == [
+        *("nbd-gateway", "--cert", f"{folder}/server-cert.pem"),
+        *("--key", f"{folder}/server-key.pem", "--client-ca", f"{folder}/ca-cert.pem"),
+        *("--socket", "/run/my disk.sock"),
+    ]
+    program, uri = nbdinfo
+    parts = urlsplit(uri)
+    assert (program, parts.scheme, parts.netloc, parts.path) == (
+        "nbdinfo",
+        "nbds",
+        "gw.example:10809",
+        "/",
+    )
+    assert parse_qs(parts.query) == {"tls-certificates": [folder]}
+    doubled = folder.replace(",", ",,")
+    assert qemu_img == [
+        *("qemu-img", "info", "--object"),
+        f"tls-creds-x509,id=tls0,dir={doubled},endpoint=client",
+        "--image-opts",
+        "driver=nbd,host=gw.example,port=10809,export=,tls-creds=tls0",
+    ]
+    tls = [
+        *("-cacertfile", f"{folder}/ca-cert.pem", "-certfile", f"{folder}/client-cert.pem"),
+        *("-keyfile", f"{folder}/client-key.pem", "-tlshostname", "gw.example"),
+    ]
+    assert nbd_list == ["nbd-client", "-l", "gw.example", "10809", *tls]
+    assert nbd_client == ["nbd-client", "gw.example", "10809", "/dev/nbd0", *tls]
+
+
+def test_next_steps_say_what_was_made_and_who_needs_what(tmp_path: Path) -> None:
+    issued = pki.init(tmp_path / "tls", ["gw.example"], client_name="vm1", now=NOW)
+    text = pki.next_steps(issued)
+    for part in (
+        f'CA "{issued.ca.name}", until 2039-12-31',
+        "server certificate for gw.example, localhost, 127.0.0.1, ::1, until 2031-02-03",
+        'client certificate "vm1", until 2030-04-02',
+        "A client needs ca-cert.pem, client-cert.pem and client-key.pem",
+        "A gateway elsewhere needs ca-cert.pem, server-cert.pem and server-key.pem",
+        f"Keep {tmp_path}/tls/ca offline",
+        "--socket /run/disk.sock",
+    ):
+        assert part in text
+
+
+def test_next_steps_for_an_export_a_port_and_an_address(tmp_path: Path) -> None:
+    issued = pki.init(tmp_path, ["*.example.com", "2001:db8::1"])
+    text = pki.next_steps(issued, port=1234, export="a,b/ü ?")
+    _, _, nbdinfo, qemu_img, nbd_list, nbd_client = commands(text)
+    parts = urlsplit(nbdinfo[1])
+    assert (parts.hostname, parts.port) == ("2001:db8::1", 1234)
+    assert unquote(parts.path.removeprefix("/")) == "a,b/ü ?"
+    assert qemu_img[-1].endswith("host=2001:db8::1,port=1234,export=a,,b/ü ?,tls-creds=tls0")
+    assert nbd_list[:4] == ["nbd-client", "-l", "2001:db8::1", "1234"]
+    assert nbd_client[3:6] == ["/dev/nbd0", "-name", "a,b/ü ?"]
+
+
+def test_next_steps_never_connect_to_a_wildcard(tmp_path: Path) -> None:
+    issued = pki.init(tmp_path, ["*.example.com"])
+    assert "localhost:10809" in pki.next_steps(issued)
+    assert "a.example.com:10809" in pki.next_steps(issued, host="a.example.com")

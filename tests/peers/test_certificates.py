@@ -1,0 +1,337 @@
+"""What `certs init` issues is accepted by the programs that it is for, and nothing else is.
+
+Servers get their listening socket from us, already bound, as systemd would give it (both nbdkit and
+qemu-nbd take it as descriptor 3). So a port is never chosen twice, and nobody waits for a server:
+a client that comes early waits in the backlog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from gateway import pki
+
+pytestmark = pytest.mark.peers
+
+TIMEOUT_S = 30
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+DNS_NAMES = ("gateway.test", "localhost")
+ADDRESSES = ("192.0.2.7", "2001:db8::7", "127.0.0.1", "::1")
+
+# argv: the listening descriptor, then the command that gets it as descriptor 3.
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+# argv: the folder, then server names. Both sides check the other's chain, strictly.
+STRICT_HANDSHAKES = """
+import ssl, sys
+folder, *names = sys.argv[1:]
+
+def context(protocol, role):
+    made = ssl.SSLContext(protocol)
+    made.verify_flags |= ssl.VERIFY_X509_STRICT
+    made.load_verify_locations(folder + "/ca-cert.pem")
+    made.load_cert_chain(folder + f"/{role}-cert.pem", folder + f"/{role}-key.pem")
+    made.verify_mode = ssl.CERT_REQUIRED
+    return made
+
+def handshake(client_context, server_context, name):
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(to_client, to_server, server_hostname=name)
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    waiting = [client, server]
+    while waiting:
+        side = waiting.pop(0)
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            waiting.append(side)
+    return server.getpeercert()
+
+client_context = context(ssl.PROTOCOL_TLS_CLIENT, "client")
+server_context = context(ssl.PROTOCOL_TLS_SERVER, "server")
+for name in names:
+    assert handshake(client_context, server_context, name)["subject"] == ((("commonName", "vm1"),),)
+refused = [
+    (client_context, server_context, "other.test", "mismatch"),
+    # The one's certificate in the other's place.
+    (context(ssl.PROTOCOL_TLS_CLIENT, "server"), server_context, names[0], "purpose"),
+    (client_context, context(ssl.PROTOCOL_TLS_SERVER, "client"), names[0], "purpose"),
+]
+for client, server, name, why in refused:
+    try:
+        handshake(client, server, name)
+    except ssl.SSLCertVerificationError as error:
+        assert why in str(error), error
+    else:
+        raise AssertionError(f"not refused: {why}")
+"""
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=PATH)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(command: Sequence[str | Path] | str) -> subprocess.CompletedProcess[str]:
+    """A string is given to a shell, as a reader would paste it."""
+    return subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        env={**os.environ, "PATH": PATH, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def succeeds(command: Sequence[str | Path] | str) -> str:
+    done = run(command)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def fails(command: Sequence[str | Path] | str) -> str:
+    done = run(command)
+    assert done.returncode != 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def issued(tmp_path: Path) -> pki.Issued:
+    """In a folder whose name needs every kind of quoting there is."""
+    names = ("gateway.test", "*.wild.test", "192.0.2.7", "2001:db8::7")
+    return pki.init(tmp_path / "it's a b,c+&#%", names, client_name="vm1")
+
+
+@pytest.fixture(params=["nbdkit", "qemu-nbd"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """Which server to run, and a disk of 1 MiB for it."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    return program(request.param), disk
+
+
+@contextlib.contextmanager
+def serving(server: tuple[str, Path], folder: Path, host: str = "127.0.0.1") -> Iterator[int]:
+    """Run the server with TLS and client certificates required; gives its port."""
+    command, disk = server
+    if command.endswith("nbdkit"):
+        tls = ["--tls=require", "--tls-verify-peer", f"--tls-certificates={folder}"]
+        arguments = [command, "-f", *tls, "file", str(disk)]
+    else:
+        doubled = str(folder).replace(",", ",,")
+        creds = f"tls-creds-x509,id=tls0,dir={doubled},endpoint=server,verify-peer=on"
+        arguments = [command, "-t", "-e", "0", "-f", "raw", "--object", creds]
+        arguments += ["--tls-creds", "tls0", str(disk)]
+    with socket.create_server(
+        (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    ) as listener:
+        port: int = listener.getsockname()[1]
+        number = listener.fileno()
+        activated = [sys.executable, "-c", ACTIVATE, str(number), *arguments]
+        process = subprocess.Popen(activated, pass_fds=[number])
+    try:
+        yield port
+        assert process.poll() is None, "the server has gone"
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+
+
+def copy_for_client(folder: Path, source: Path, *, certificate: bool = True) -> Path:
+    """A folder with what a client gets: three files, or the CA's certificate alone."""
+    folder.mkdir()
+    names = ["ca-cert.pem", *(["client-cert.pem", "client-key.pem"] if certificate else [])]
+    for name in names:
+        shutil.copy(source / name, folder)
+    return folder
+
+
+def lay_out(
+    folder: Path, authority: pki.CertificateAuthority, role: str, credential: pki.Credential
+) -> Path:
+    """A folder with a CA's certificate and one credential, under the usual names."""
+    folder.mkdir(exist_ok=True)
+    (folder / "ca-cert.pem").write_bytes(authority.cert_pem)
+    (folder / f"{role}-cert.pem").write_bytes(credential.cert_pem)
+    (folder / f"{role}-key.pem").write_bytes(credential.key_pem)
+    return folder
+
+
+# ---------------------------------------------------------------- NBD servers and clients
+
+
+@pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
+def test_the_printed_lines_work(
+    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+) -> None:
+    program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}.get(client, client))
+    three = copy_for_client(tmp_path / "the client's", issued.directory)
+    with serving(server, issued.directory) as port:
+        for folder in (issued.directory, three):
+            for host in ("localhost", "127.0.0.1"):
+                output = succeeds(getattr(pki.client_commands(folder, host, port), client))
+                expected = {"nbdinfo": "with TLS", "qemu_img": "1 MiB", "nbd_client_list": ""}
+                assert expected[client] in output
+
+
+# No nbdinfo here: with an address in brackets libnbd 1.14 sends it as the server name (SNI), which
+# the standard forbids and GnuTLS, so both these servers, refuses.
+@pytest.mark.parametrize("client", ["qemu_img", "nbd_client_list"])
+def test_the_printed_lines_work_over_ipv6(
+    client: str, server: tuple[str, Path], issued: pki.Issued
+) -> None:
+    program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}[client])
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 loopback address: {error}")
+    with serving(server, issued.directory, "::1") as port:
+        succeeds(getattr(pki.client_commands(issued.directory, "::1", port), client))
+
+
+def test_nbd_client_gets_as_far_as_the_kernel(server: tuple[str, Path], issued: pki.Issued) -> None:
+    """Attaching needs a kernel with NBD; the line's syntax and its TLS show before that."""
+    program("nbd-client")
+    with serving(server, issued.directory) as port:
+        line = pki.client_commands(issued.directory, "localhost", port).nbd_client
+        nowhere = line.replace("/dev/nbd0", "/dev/null")
+        assert "size = 1MB" in fails(nowhere)
+
+
+@pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
+def test_a_server_of_another_authority_is_refused(
+    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+) -> None:
+    program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}.get(client, client))
+    wrong = copy_for_client(tmp_path / "wrong", issued.directory)
+    shutil.copy(pki.init(tmp_path / "other").ca.cert, wrong)
+    with serving(server, issued.directory) as port:
+        fails(getattr(pki.client_commands(wrong, "localhost", port), client))
+        succeeds(getattr(pki.client_commands(issued.directory, "localhost", port), client))
+
+
+@pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
+def test_a_server_of_another_name_is_refused(
+    client: str, server: tuple[str, Path], tmp_path: Path
+) -> None:
+    program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}.get(client, client))
+    authority = pki.CertificateAuthority.create("nbd-gateway CA test")
+    folder = lay_out(tmp_path / "tls", authority, "server", authority.issue_server(["gw.test"]))
+    lay_out(folder, authority, "client", authority.issue_client("vm1"))
+    with serving(server, folder) as port:
+        line = getattr(pki.client_commands(folder, "localhost", port), client)
+        fails(line)
+        if client == "nbd_client_list":  # the one of the three that can be told another name
+            succeeds(line.replace("-tlshostname localhost", "-tlshostname gw.test"))
+
+
+@pytest.mark.parametrize("client", ["nbdinfo", "qemu_img"])
+def test_a_client_of_another_authority_or_none_is_refused(
+    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+) -> None:
+    program({"qemu_img": "qemu-img"}.get(client, client))
+    other = pki.init(tmp_path / "other").directory
+    shutil.copy(issued.directory / "ca-cert.pem", other)
+    none = copy_for_client(tmp_path / "none", issued.directory, certificate=False)
+    with serving(server, issued.directory) as port:
+        for folder in (other, none):
+            fails(getattr(pki.client_commands(folder, "localhost", port), client))
+        succeeds(getattr(pki.client_commands(issued.directory, "localhost", port), client))
+
+
+def test_a_revoked_client_is_refused(server: tuple[str, Path], tmp_path: Path) -> None:
+    program("nbdinfo")
+    authority = pki.CertificateAuthority.create("nbd-gateway CA test")
+    host = authority.issue_server(["localhost"])
+    good, bad = authority.issue_client("good"), authority.issue_client("bad")
+    folder = lay_out(tmp_path / "server", authority, "server", host)
+    (folder / "ca-crl.pem").write_bytes(authority.revoke_list([bad.certificate.serial_number]))
+    with serving(server, folder) as port:
+        for name, credential, verdict in (("bad", bad, fails), ("good", good, succeeds)):
+            theirs = lay_out(tmp_path / name, authority, "client", credential)
+            verdict(pki.client_commands(theirs, "localhost", port).nbdinfo)
+
+
+# ---------------------------------------------------------------- verifiers
+
+
+def test_certtool_verifies(issued: pki.Issued, tmp_path: Path) -> None:
+    certtool = program("certtool")
+    verify = [certtool, "--verify", "--load-ca-certificate", issued.ca.cert, "--infile"]
+    server_auth = ("--verify-purpose", "1.3.6.1.5.5.7.3.1")
+    client_auth = ("--verify-purpose", "1.3.6.1.5.5.7.3.2")
+    for name in (*DNS_NAMES, "any.wild.test"):
+        succeeds([*verify, issued.server.cert, "--verify-hostname", name, *server_auth])
+    succeeds([*verify, issued.client.cert, *client_auth])
+    fails([*verify, issued.server.cert, "--verify-hostname", "other.test", *server_auth])
+    fails([*verify, issued.server.cert, *client_auth])
+    fails([*verify, issued.client.cert, *server_auth])
+    other = pki.init(tmp_path / "other")
+    fails([*verify, other.client.cert, *client_auth])
+
+
+def test_openssl_verifies(issued: pki.Issued, tmp_path: Path) -> None:
+    verify = [program("openssl"), "verify", "-x509_strict", "-CAfile", issued.ca.cert]
+    for name in (*DNS_NAMES, "any.wild.test"):
+        succeeds([*verify, "-purpose", "sslserver", "-verify_hostname", name, issued.server.cert])
+    for address in ADDRESSES:
+        succeeds([*verify, "-purpose", "sslserver", "-verify_ip", address, issued.server.cert])
+    succeeds([*verify, "-purpose", "sslclient", issued.client.cert])
+    mismatch = fails([*verify, "-verify_hostname", "two.levels.wild.test", issued.server.cert])
+    assert "hostname mismatch" in mismatch
+    for purpose, cert in (("sslclient", issued.server.cert), ("sslserver", issued.client.cert)):
+        # OpenSSL 1.1 wrote "unsupported", 3.0 writes "unsuitable certificate purpose".
+        assert "certificate purpose" in fails([*verify, "-purpose", purpose, cert])
+    other = pki.init(tmp_path / "other")
+    assert "unable to get local issuer" in fails([*verify, other.server.cert])
+
+
+def test_openssl_reads_the_revocation_list(tmp_path: Path) -> None:
+    openssl = program("openssl")
+    authority = pki.CertificateAuthority.create("nbd-gateway CA test")
+    good, bad = authority.issue_client("good"), authority.issue_client("bad")
+    stale = authority.revoke_list([], datetime.now(UTC) - timedelta(days=2), 1)
+    for name, content in (
+        ("ca.pem", authority.cert_pem),
+        ("good.pem", good.cert_pem),
+        ("bad.pem", bad.cert_pem),
+        ("crl.pem", authority.revoke_list([bad.certificate.serial_number])),
+        ("stale.pem", stale),
+    ):
+        (tmp_path / name).write_bytes(content)
+    verify = [openssl, "verify", "-x509_strict", "-crl_check", "-CAfile", tmp_path / "ca.pem"]
+    current, expired = (["-CRLfile", tmp_path / name] for name in ("crl.pem", "stale.pem"))
+    succeeds([*verify, *current, tmp_path / "good.pem"])
+    assert "certificate revoked" in fails([*verify, *current, tmp_path / "bad.pem"])
+    assert "CRL has expired" in fails([*verify, *expired, tmp_path / "good.pem"])
+
+
+@pytest.mark.parametrize("version", ["this", "3.13"])
+def test_python_verifies_strictly(version: str, issued: pki.Issued) -> None:
+    """From 3.13 on, Python's default context checks with VERIFY_X509_STRICT."""
+    python: str | None = sys.executable
+    if version != "this":
+        python = shutil.which(f"python{version}")
+        if python is None or run([python, "-c", "import ssl"]).returncode != 0:
+            pytest.skip(f"no working python{version} on the PATH")
+    names = [*DNS_NAMES, "any.wild.test", *ADDRESSES]
+    succeeds([str(python), "-W", "error", "-c", STRICT_HANDSHAKES, str(issued.directory), *names])

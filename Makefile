@@ -26,7 +26,7 @@ endef
 # $(call pip_install,REQUIREMENT...): into the environment whose stamp is being made.
 define pip_install
 echo "==> $(@D): pip install $(1)"
-$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(1) || {
+$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 	echo "make: pip could not install the above; its own words are over this line." >&2
 	exit 1
 }
@@ -63,7 +63,7 @@ clean: ## remove the environments and everything that tools left behind
 
 .venv/.made .venv-check/.made:
 	@$(pick_python)
-	if [ -z "$$python" ] || ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
+	if [ "$(origin PYTHON)" = file ] && ! "$${python:-false}" -c 'import ensurepip' 2>/dev/null; then
 		if ! type -P apt-get >/dev/null; then
 			echo "make: Python 3.11 or newer with its venv module is needed; set PYTHON=..." >&2
 			exit 1

@@ -193,6 +193,38 @@ def init(directory: Path, server_names: tuple[str, ...], *, force: bool) -> None
     click.echo(pki.next_steps(issued))
 
 
+@cli.command()
+@click.option("--self-test", is_flag=True, help="Let a client try everything; exit with 0 or 1.")
+@click.option(
+    "--upstream-socket",
+    metavar="PATH",
+    help="Put the gateway in front of your own NBD server. The self-test then overwrites the "
+    "first MiB of its disk for a moment: nobody else may use it meanwhile.",
+)
+@click.option(
+    "--listen", default="127.0.0.1:0", show_default=True, metavar="ADDR", help="Loopback only."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+)
+def demo(*, self_test: bool, upstream_socket: str | None, listen: str, log_level: str) -> None:
+    """Run a gateway with a disk in memory, and say how to use it.
+
+    Certificates and sockets are in a temporary directory, which is removed at the end.
+    """
+    from gateway.demo import run  # not needed to serve
+
+    logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+    trio.run(
+        functools.partial(
+            run, click.echo, self_test=self_test, upstream=upstream_socket, listen=listen
+        )
+    )
+
+
 def main() -> NoReturn:
     """The `nbd-gateway` command."""
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +65,7 @@ def server_context(settings: TLSSettings) -> ssl.SSLContext:
     Not `ssl.create_default_context`: that one obeys SSLKEYLOGFILE and would write session keys.
     proto.md, "TLS versions": 1.2 is a MUST, and nbd-client speaks nothing newer by default.
     """
+    _check_interpreter()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _VERSIONS[settings.minimum]
     context.set_ciphers(_CIPHERS)
@@ -133,6 +136,34 @@ def refusal(error: ssl.SSLError) -> TLSRefused:
     if "ALERT" in reason:
         return TLSRefused("client_alert", f"the client gave up: {reason}")
     return TLSRefused("tls_error", reason or str(error))
+
+
+class _Probe(ssl.SSLSocket):
+    """A socket with bytes in it and no connection."""
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        return b"x"
+
+
+def _check_interpreter() -> None:
+    """Refuse a Python that takes plaintext for TLS data (CVE-2023-40217).
+
+    Tried rather than read off the version, since distributions mend older ones: the mended
+    `wrap_socket` refuses a socket that has data and no connection. Raises SettingsError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslsocket_class = _Probe
+    with socket.socket() as unconnected:
+        try:
+            context.wrap_socket(
+                unconnected, server_side=True, do_handshake_on_connect=False
+            ).close()
+        except ssl.SSLError:
+            return
+    raise SettingsError(
+        f"this Python ({sys.version.split()[0]}) takes plaintext for TLS data (CVE-2023-40217): "
+        "use 3.11.5 or newer, or a distribution's mended one"
+    )
 
 
 def _read(flag: str, path: Path) -> bytes:

@@ -43,16 +43,19 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("server listeners settings pki demo errors", "click trio signal"),
+    "cli": Layer("server listeners settings pki demo errors", "click trio"),
     "demo": Layer(
-        "server listeners pki memory_upstream settings transport errors nbd.*", "trio socket ssl"
+        "server listeners pki memory_upstream settings transport errors nbd.*",
+        "trio socket ssl signal",
     ),
-    "server": Layer("session settings listeners tls access transport errors", "trio socket"),
-    "session": Layer("relay upstream tls access transport settings errors nbd.*", "trio"),
+    "server": Layer("session settings listeners tls access transport errors", "trio socket signal"),
+    "session": Layer(
+        "relay upstream tls access transport settings errors nbd.*", "trio socket ssl"
+    ),
     "relay": Layer("transport errors nbd.transmission", "trio"),
     "upstream": Layer("transport settings errors nbd.*", "trio socket"),
-    "access": Layer("tls settings errors"),
-    "tls": Layer("settings errors", "ssl cryptography"),
+    "tls": Layer("access settings errors", "ssl socket cryptography"),
+    "access": Layer("settings errors", "cryptography"),
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
     "settings": Layer("errors nbd.constants nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),

@@ -1,8 +1,9 @@
 """A plain NBD server on a Unix socket that obeys, or breaks, the specification as a test tells it.
 
-One thread a connection. A `Script` says what happens on a connection: the base class speaks oldstyle,
-newstyle and fixed newstyle correctly, and a test overrides the phase that is to go wrong. A `Link` is
-one connection: it keeps every byte that came, every option and request in them, and how it ended.
+One thread a connection. A `Script` says what happens on a connection: the base class speaks
+oldstyle, newstyle and fixed newstyle correctly, and a test overrides the phase that is to go wrong.
+A `Link` is one connection: it keeps every byte that came, every option and request in them, and how
+it ended.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tests.support.rawclient import (
     C_FIXED,
     C_NO_ZEROES,
     CHUNK,
+    CHUNK_MAGIC,
     CLISERV,
     GREETING,
     IHAVEOPT,
@@ -35,7 +37,6 @@ from tests.support.rawclient import (
     SIMPLE,
     SIMPLE_MAGIC,
     TIMEOUT_S,
-    CHUNK_MAGIC,
     Cf,
     Cmd,
     Ct,
@@ -361,7 +362,7 @@ class Script:
 
 
 class FakeUpstream:
-    """Listens on `path`. `script` serves every connection, after those that `queue` has for the next."""
+    """Listens on `path`. `script` serves each connection, after those that `queue` is for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -209,7 +209,7 @@ def meta_data(
 def tls_context(
     pki: Path, *, with_certificate: bool = True, only_1_2: bool = False
 ) -> ssl.SSLContext:
-    """A client's context. The name in the server's certificate is not what these tests are about."""
+    """A client's context; the name in the server's certificate is not looked at."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.load_verify_locations(pki / "ca-cert.pem")
@@ -299,11 +299,11 @@ class RawClient:
                     data = self.sock.recv(1 << 16)
                     self.ended = None if data else "fin"
                     return data
-                return self.tls.read(1 << 16)
+                if data := self.tls.read(1 << 16):
+                    return data
+                self.ended = "close_notify"
             except ssl.SSLWantReadError:
                 self._feed()
-            except ssl.SSLZeroReturnError:
-                self.ended = "close_notify"
             except ssl.SSLEOFError:
                 self.ended = "fin"
             except ssl.SSLError as error:
@@ -353,7 +353,7 @@ class RawClient:
         reply = OptReply(opt, kind, self.recv_exactly(length))
         if reply.failed:
             assert length <= 4096, "error text longer than a string may be"
-            reply.data.decode()
+            assert reply.data.decode().isprintable(), f"not fit for display: {reply.data!r}"
         return reply
 
     def replies(self, opt: int) -> list[OptReply]:

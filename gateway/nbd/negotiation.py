@@ -37,7 +37,8 @@ MAX_OPTION_SKIP = MAX_UNADVERTISED_PAYLOAD  # read and thrown away; beyond it is
 TLS_REQUIRED = "this server speaks NBD over TLS only: use nbds://, tls-creds= or -certfile"
 SHUTTING_DOWN = "this gateway is shutting down"
 
-_KNOWN_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# A plain int: `~` of an IntFlag is the complement within its members, not of all bits.
+_KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 # -- effects
 
 

@@ -55,9 +55,12 @@ _REQUEST_SIZE = REQUEST.size
 _SIMPLE_SIZE = SIMPLE_REPLY.size
 _CHUNK_SIZE = CHUNK.size
 _DATA_HEADER_SIZE = CHUNK.size + U64.size
-_READ, _WRITE, _DISC, _BLOCK_STATUS = Cmd.READ, Cmd.WRITE, Cmd.DISC, Cmd.BLOCK_STATUS
+_READ, _WRITE = int(Cmd.READ), int(Cmd.WRITE)
+_DISC, _BLOCK_STATUS = int(Cmd.DISC), int(Cmd.BLOCK_STATUS)
 _DONE = int(ReplyFlag.DONE)
-_FUA = int(CmdFlag.FUA)
+# Plain ints: `~` of an IntFlag is the complement within its members, not of all bits.
+_FUA, _NO_HOLE, _DF = int(CmdFlag.FUA), int(CmdFlag.NO_HOLE), int(CmdFlag.DF)
+_REQ_ONE, _FAST_ZERO = int(CmdFlag.REQ_ONE), int(CmdFlag.FAST_ZERO)
 _ZEROES = memoryview(bytes(1 << 16))
 
 _CHANGES_DATA = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
@@ -291,7 +294,7 @@ class Transmission:
         fua = _FUA if features & TransmissionFlag.SEND_FUA else 0
         match kind:
             case Cmd.READ:
-                return fua | (CmdFlag.DF if features & TransmissionFlag.SEND_DF else 0)
+                return fua | (_DF if features & TransmissionFlag.SEND_DF else 0)
             case Cmd.WRITE:
                 return fua
             case Cmd.FLUSH if features & TransmissionFlag.SEND_FLUSH:
@@ -301,10 +304,10 @@ class Transmission:
             case Cmd.CACHE if features & TransmissionFlag.SEND_CACHE:
                 return fua
             case Cmd.WRITE_ZEROES if features & TransmissionFlag.SEND_WRITE_ZEROES:
-                fast = CmdFlag.FAST_ZERO if features & TransmissionFlag.SEND_FAST_ZERO else 0
-                return fua | CmdFlag.NO_HOLE | fast
+                fast = _FAST_ZERO if features & TransmissionFlag.SEND_FAST_ZERO else 0
+                return fua | _NO_HOLE | fast
             case Cmd.BLOCK_STATUS if self._context_ids:
-                return fua | CmdFlag.REQ_ONE
+                return fua | _REQ_ONE
             case _:
                 return None
 

@@ -18,6 +18,7 @@ from tests.support.rawclient import (
     C_NO_ZEROES,
     TIMEOUT_S,
     Info,
+    Opt,
     PeerClosedError,
     RawClient,
     tls_context,
@@ -74,6 +75,11 @@ class Lab:
             chosen = client.set_contexts(contexts)
             assert sorted(chosen.values()) == sorted(contexts)
         return Session(client, client.go(infos=infos), chosen)
+
+    def asked_upstream(self) -> set[int]:
+        """The options that reached the upstream, but for those that a gateway asks by itself."""
+        options = {opt for link in self.fake.links for opt, _ in link.options}
+        return options - {Opt.STRUCTURED_REPLY, Opt.ABORT}
 
     # The process
 

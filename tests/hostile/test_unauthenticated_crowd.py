@@ -57,7 +57,6 @@ def no_certificate_is_refused(client: RawClient, lab: Lab) -> bool:
 def test_authenticated_but_not_asking(lab: Lab) -> None:
     """Not even TLS alone opens it: an option has to need it."""
     client = lab.tls()
-    client.ask_structured()
     assert client.verdict(99) == Rep.ERR_UNSUP
     assert client.verdict(Opt.ABORT) == Rep.ACK
     assert client.recv_to_end() == b""

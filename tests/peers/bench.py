@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.gateway import Gateway
-from tests.support.peers import Client, NbdServer, Nbdkit, QemuNbd, Server, check
+from tests.support.peers import Client, Nbdkit, NbdServer, QemuNbd, Server, check
 
 MIB = 1 << 20
 SIZE = 16 * MIB  # of the disk that most scenarios use
@@ -66,6 +66,7 @@ class Bench:
         if "--tls" not in args and "--cert" not in args:
             arguments = ["--tls-dir", self.pki, *arguments]
         gateway = self._stack.enter_context(Gateway(*arguments))
+        self._stack.callback(lambda: print(f"{gateway.args}:\n{gateway.log()}"))  # if a test fails
         return Front(gateway, server, self.pki)
 
     def image(self, size: int) -> Path:
@@ -84,13 +85,15 @@ class Bench:
 Upstream = Callable[[Bench], Server]
 
 
-def _nbdkit(*flags: str) -> Upstream:
-    return lambda bench: bench.nbdkit(*flags, "file", bench.image(SIZE))
+def _nbdkit(*flags: str, plugin: str = "file") -> Upstream:
+    return lambda bench: bench.nbdkit(*flags, plugin, bench.image(SIZE))
 
 
 UPSTREAMS: dict[str, Upstream] = {
     "nbdkit": _nbdkit(),
-    "nbdkit-oldstyle": _nbdkit("-o"),
+    # nbdkit 1.32 refuses in oldstyle what it advertises there: FUA, flushes, zeroes. So here is a
+    # disk that can do none of these.
+    "nbdkit-oldstyle": _nbdkit("-o", "--filter=nozero", plugin="split"),
     "nbdkit-mask-handshake-0": _nbdkit("--mask-handshake=0"),
     "nbdkit-mask-handshake-1": _nbdkit("--mask-handshake=1"),
     "nbdkit-mask-handshake-2": _nbdkit("--mask-handshake=2"),

@@ -26,7 +26,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # the one that has Debian's nbd module
 
 
 def find(program: str | Path) -> str:
-    """Where a program is. Without it the test is skipped, but never where CI is set: there it fails.
+    """Where a program is. Without it the test is skipped; but where CI is set, it fails.
 
     Debian keeps nbd-client and nbd-server out of a user's PATH.
     """

@@ -61,6 +61,9 @@ _DONE = int(ReplyFlag.DONE)
 # Plain ints: `~` of an IntFlag is the complement within its members, not of all bits.
 _FUA, _NO_HOLE, _DF = int(CmdFlag.FUA), int(CmdFlag.NO_HOLE), int(CmdFlag.DF)
 _REQ_ONE, _FAST_ZERO = int(CmdFlag.REQ_ONE), int(CmdFlag.FAST_ZERO)
+# A block status may always tell less than was asked. Asked for nearly 4 GiB, some servers come to
+# grief in their own arithmetic (CVE-2025-47711), so they are asked for less, in whole blocks.
+_MAX_STATUS_LENGTH = (1 << 32) - (1 << 16)
 _ZEROES = memoryview(bytes(1 << 16))
 
 _CHANGES_DATA = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
@@ -215,6 +218,9 @@ class Transmission:
                     continue
                 if flags & _FUA and kind not in _CHANGES_DATA:
                     U16.pack_into(buffer, at + 4, flags & ~_FUA)
+                if kind == _BLOCK_STATUS and length > _MAX_STATUS_LENGTH:
+                    length = _MAX_STATUS_LENGTH
+                    U32.pack_into(buffer, at + 24, length)
             mine = self._next_cookie
             self._next_cookie = mine + 1
             in_flight[mine] = Request(cookie, kind, flags, offset, length)

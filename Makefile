@@ -33,10 +33,10 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench-quick clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.installed ## write and read a disk through the gateway, over TLS, in one process
 	@echo "==> nbd-gateway demo --self-test"
@@ -55,6 +55,10 @@ check: .venv-check/.installed ## formatting, lint and types; changes nothing
 	.venv-check/bin/ruff format --check --quiet .
 	.venv-check/bin/ruff check --quiet .
 	.venv-check/bin/mypy --strict gateway
+
+bench-quick: .venv/.installed ## the gateway beside nbdkit doing the same job, as ratios, in two minutes
+	@tests/peers/install
+	.venv/bin/python -m tests.bench.quick
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

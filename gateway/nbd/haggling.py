@@ -60,6 +60,8 @@ from gateway.nbd.wire import (
     unpack_meta_query,
 )
 
+_WITH_DATA = frozenset({Opt.INFO, Opt.GO, Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT})
+
 NO_SUCH_EXPORT = "no such export here, or it is not yours to open"
 UPSTREAM_UNAVAILABLE = "the NBD server behind this gateway cannot be reached"
 
@@ -157,8 +159,9 @@ class Haggling:
             return self._export_name(message)
         if self._shutdown:
             return [refusal(message, Rep.ERR_SHUTDOWN, SHUTTING_DOWN)]
-        if message.length > MAX_OPTION_DATA:
-            return [refusal(message, Rep.ERR_TOO_BIG, "too much data in one option")]
+        if message.number == Opt.SET_META_CONTEXT:
+            # "replaces all previously-set metadata contexts (including when this command fails)"
+            self._contexts, self._contexts_name = (), None
         try:
             return self._served(message)
         except Malformed as wrong:
@@ -178,6 +181,8 @@ class Haggling:
             case Opt.LIST:
                 _no_data(message)
                 return self._ask(message, ListExports())
+            case _ if message.number in _WITH_DATA and message.length > MAX_OPTION_DATA:
+                return [refusal(message, Rep.ERR_TOO_BIG, "too much data in one option")]
             case Opt.INFO | Opt.GO:
                 request = unpack_info_request(message.data)
                 return self._open(message, request.name, request.infos)
@@ -212,8 +217,6 @@ class Haggling:
 
     def _query_contexts(self, message: Option) -> list[Effect]:
         select = message.number == Opt.SET_META_CONTEXT
-        if select:  # "replaces all previously-set metadata contexts (including when ... fails)"
-            self._contexts, self._contexts_name = (), None
         if not self._structured:
             raise Malformed("meta contexts need NBD_OPT_STRUCTURED_REPLY first")
         query = unpack_meta_query(message.data)

@@ -13,7 +13,7 @@ import trio
 
 from gateway.errors import ChannelClosed, PeerError, SessionEnd
 from gateway.nbd.transmission import Transmission
-from gateway.transport import Channel
+from gateway.transport import RECORD, Channel
 
 BUFFER_SIZE: Final = 256 << 10  # bytes; more brought nothing, less costs system calls in bulk
 _KEPT_BUFFERS: Final = 16  # idle buffers kept for the next borrower, in all
@@ -230,6 +230,10 @@ class Relay:
                 if transmission.upstream_fault:
                     self.detail = transmission.upstream_fault.what
                     break
+                if transmission.upstream_ends and not transmission.in_flight:
+                    self.detail = "it is shutting down"
+                    await self._take_leave()
+                    break
             self._end_if_idle()
             if stream.channel.eof:
                 break
@@ -237,16 +241,30 @@ class Relay:
 
     async def _return(self, stream: _Stream) -> None:
         """Walk what is held and send it to the client, whole messages or held open."""
-        was_open = self._transmission.mid_reply
-        consumed = self._transmission.replies(stream.buffer, stream.held)
-        if consumed:
-            if not was_open:
-                await self._begin_message()
-            with memoryview(stream.buffer) as view, view[:consumed] as span:
-                await self._client.send_all(span)
-            if not self._transmission.mid_reply:
-                self._client_writer.release()
-        stream.done_with(consumed)
+        transmission = self._transmission
+        at = 0
+        while True:
+            was_open = transmission.mid_reply
+            stop = transmission.replies(stream.buffer, at, stream.held)
+            if stop > at:
+                if not was_open:
+                    await self._begin_message()
+                with memoryview(stream.buffer) as view, view[at:stop] as span:
+                    await self._send_to_client(span, transmission.trailer)
+                if not transmission.mid_reply:
+                    self._client_writer.release()
+            at = stop
+            if not transmission.trailer:
+                break
+        stream.done_with(at)
+
+    async def _send_to_client(self, span: memoryview, trailer: bytes) -> None:
+        if trailer:  # in one record with the end of what it follows
+            whole_records = len(span) - len(span) % RECORD
+            await self._client.send_all(span[:whole_records])
+            await self._client.send_all(bytes(span[whole_records:]) + trailer)
+        else:
+            await self._client.send_all(span)
 
     async def _begin_message(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -122,6 +123,7 @@ def tls_files(directory: Path, *, anonymous: bool, minimum: Literal["1.2", "1.3"
         cert=directory / TLS_DIR_CERT,
         key=directory / TLS_DIR_KEY,
         client_ca=None if anonymous else directory / TLS_DIR_CA,
-        crl=crl if crl.exists() and not anonymous else None,
+        # A link that leads nowhere is a CRL that is missing, not one that nobody wanted.
+        crl=crl if os.path.lexists(crl) and not anonymous else None,
         minimum=minimum,
     )

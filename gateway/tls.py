@@ -18,6 +18,8 @@ from gateway.settings import TLSSettings
 _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _VERSIONS: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
+_CRL_BEGINS: Final = b"-----BEGIN X509 CRL-----"
+
 LEFT: Final = "it left in the middle of the handshake; does it know the CA of our certificate?"
 
 # X509_V_ERR_* of OpenSSL to (reason, words about the client's certificate).
@@ -69,7 +71,8 @@ def server_context(settings: TLSSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _VERSIONS[settings.minimum]
     context.set_ciphers(_CIPHERS)
-    # No resumption: a session would outlive a change of CRL or rules. No renegotiation.
+    # No tickets (for sessions by id see `identity`): a session would outlive a change of CRL or
+    # rules. No renegotiation.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     _check_pem("--cert", settings.cert, "a certificate", x509.load_pem_x509_certificates)
@@ -94,6 +97,7 @@ def server_context(settings: TLSSettings) -> ssl.SSLContext:
     if settings.crl is not None:
         _check_pem("ca-crl.pem", settings.crl, "a CRL", x509.load_pem_x509_crl)
         context.load_verify_locations(settings.crl)
+    if settings.crl is not None or _CRL_BEGINS in _read("--client-ca", settings.client_ca):
         context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     return context
 
@@ -112,8 +116,12 @@ def server_names(cert: Path) -> tuple[str, ...]:
 def identity(sock: ssl.SSLSocket) -> Identity | None:
     """Who is at the other end of a finished handshake; None without a client certificate.
 
-    Raises TLSRefused if the certificate passed OpenSSL and yet cannot be parsed.
+    Raises TLSRefused if the certificate passed OpenSSL and yet cannot be parsed, and for a TLS 1.2
+    session that is resumed by its id, which `ssl` has no way to switch off: chain, dates and CRL
+    would not be looked at again.
     """
+    if sock.session_reused:
+        raise TLSRefused("resumed", "it resumed a TLS session; it has to shake hands in full")
     der = sock.getpeercert(binary_form=True)
     if der is None:
         return None

@@ -320,6 +320,8 @@ class Haggling:
         flags = TransmissionFlag(upstream_flags) & _CARRIED_FEATURES | TransmissionFlag.HAS_FLAGS
         if not self._structured:
             flags &= ~TransmissionFlag.SEND_DF
+        if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
+            flags &= ~TransmissionFlag.SEND_FAST_ZERO
         if self._policy.read_only:
             flags = (flags | TransmissionFlag.READ_ONLY) & ~_WRITE_FEATURES
         return flags

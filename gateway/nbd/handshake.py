@@ -242,6 +242,9 @@ class Handshake:
 
     def _contexts(self) -> list[MetaContext]:
         contexts = [unpack_meta_context(data) for data in self._all_of(Rep.META_CONTEXT)]
+        for one in contexts:  # "a namespace, followed by a colon, followed by a leaf-name"
+            if one.name.find(":") < 1:
+                raise Malformed("a meta context without a namespace")
         if self._asked == Opt.SET_META_CONTEXT and len({one.id for one in contexts}) != len(
             contexts
         ):

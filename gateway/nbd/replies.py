@@ -25,6 +25,9 @@ _TEXTS = {
     Error.EINVAL: b"not a valid request for this export",
     Error.ESHUTDOWN: b"the server is gone or going: disconnect",
 }
+_MAX_RUNS = 4096  # pieces that do not touch: each costs time and memory
+# For a text that is no UTF-8, or moves the cursor: bytes that are not printable ASCII become "?".
+_PRINTABLE = bytes(byte if 32 <= byte < 127 else ord("?") for byte in range(256))
 _LEGAL = frozenset(Error)
 _TRANSLATED = {
     errno.EROFS: Error.EPERM,
@@ -40,8 +43,16 @@ def legal_error(error: int) -> int:
     return _TRANSLATED.get(error, Error.EINVAL)
 
 
+def _showable(text: bytearray) -> bytes | bytearray:
+    """A text "suitable for direct display to a human being", of the same length in bytes."""
+    try:
+        return text if text.decode().isprintable() else text.translate(_PRINTABLE)
+    except UnicodeDecodeError:
+        return text.translate(_PRINTABLE)
+
+
 def success_reply(cookie: int, kind: int, *, structured: bool) -> bytes:
-    """Success without data, for a request of no bytes."""
+    """Success without data: of a request of no bytes, or behind all the data."""
     if structured and kind == Cmd.READ:
         return CHUNK.pack(STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.NONE, cookie, 0)
     return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -111,6 +122,8 @@ class ChunkedReply:
             after < len(self._starts) and self._starts[after] < stop
         ):
             raise PeerError("upstream", f"data at {offset}+{count} for the second time")
+        if len(self._starts) >= _MAX_RUNS:
+            raise PeerError("upstream", "a read's reply in too many pieces out of order")
         self._covered += count
         if after and self._stops[after - 1] == offset:
             self._stops[after - 1] = stop
@@ -129,11 +142,16 @@ class ChunkedReply:
         lengths = struct.unpack_from(f">{(length - 4) // 4}I", buffer, at + 4)[::2]
         if 0 in lengths:
             raise PeerError("upstream", "an extent of no bytes")
+        if sum(lengths[:-1]) >= self._length:
+            raise PeerError("upstream", "extents beyond the request before the last one")
         if self._flags & CmdFlag.REQ_ONE and (len(lengths) > 1 or lengths[0] > self._length):
             raise PeerError("upstream", "more than the one extent asked for")
 
-    def error(self, buffer: bytearray, at: int, kind: int, length: int) -> None:
-        """Any error chunk, known or not. Writes a legal error value over the upstream's."""
+    def error(self, buffer: bytearray, at: int, kind: int, length: int) -> int:
+        """Any error chunk, known or not. Returns the error.
+
+        Makes it fit for the client, in place: a legal error value, and a text that can be shown.
+        """
         error, text_length = ERROR_CHUNK.unpack_from(buffer, at)
         fields = U64.size if kind == Chunk.ERROR_OFFSET else 0
         if error == 0:
@@ -145,7 +163,11 @@ class ChunkedReply:
             if not self._offset <= offset < self._offset + self._length:
                 raise PeerError("upstream", f"an error at {offset}, outside the request")
         self._failed = True
-        U32.pack_into(buffer, at, legal_error(error))
+        error = legal_error(error)
+        U32.pack_into(buffer, at, error)
+        text_at = at + ERROR_CHUNK.size
+        buffer[text_at : text_at + text_length] = _showable(buffer[text_at : text_at + text_length])
+        return error
 
     def finish(self) -> None:
         """The last chunk is through: success is only what was told in full."""

@@ -18,20 +18,18 @@ from gateway.nbd.constants import (
     CHUNK_ERROR_BIT,
     MAX_EXTENTS,
     MAX_STRING,
-    MAX_UNADVERTISED_PAYLOAD,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
-    UNLIMITED_PAYLOAD,
     Chunk,
     Cmd,
     CmdFlag,
     Error,
     ReplyFlag,
-    TransmissionFlag,
 )
 from gateway.nbd.pairing import Terms
 from gateway.nbd.replies import ChunkedReply, error_reply, legal_error, success_reply
+from gateway.nbd.requests import ANSWERED_HERE, CHANGES_DATA, RequestRules
 from gateway.nbd.wire import (
     CHUNK,
     ERROR_CHUNK,
@@ -58,16 +56,11 @@ _DATA_HEADER_SIZE = CHUNK.size + U64.size
 _READ, _WRITE = int(Cmd.READ), int(Cmd.WRITE)
 _DISC, _BLOCK_STATUS = int(Cmd.DISC), int(Cmd.BLOCK_STATUS)
 _DONE = int(ReplyFlag.DONE)
-# Plain ints: `~` of an IntFlag is the complement within its members, not of all bits.
-_FUA, _NO_HOLE, _DF = int(CmdFlag.FUA), int(CmdFlag.NO_HOLE), int(CmdFlag.DF)
-_REQ_ONE, _FAST_ZERO = int(CmdFlag.REQ_ONE), int(CmdFlag.FAST_ZERO)
+_FUA = int(CmdFlag.FUA)
 # A block status may always tell less than was asked. Asked for nearly 4 GiB, some servers come to
 # grief in their own arithmetic (CVE-2025-47711), so they are asked for less, in whole blocks.
 _MAX_STATUS_LENGTH = (1 << 32) - (1 << 16)
 _ZEROES = memoryview(bytes(1 << 16))
-
-_CHANGES_DATA = frozenset({Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES})
-_ANSWERED_HERE = -1  # a verdict beside 0 (forward) and NBD_E* (refuse): success without upstream
 
 
 class Request(NamedTuple):
@@ -88,24 +81,24 @@ class Transmission:
 
     `client_done`: the client sent NBD_CMD_DISC; nothing behind it is read.
     `client_fault`, `upstream_fault`: that peer broke the protocol at this point of its stream.
-    `wanted`: `replies` can go on only with a buffer of at least this many bytes.
+    `upstream_ends`: the upstream has answered NBD_ESHUTDOWN; disconnect once nothing is in flight.
+    `trailer`, `wanted`: see `replies`.
     """
 
     def __init__(self, terms: Terms) -> None:
         self.client_done = False
         self.client_fault: PeerError | None = None
         self.upstream_fault: PeerError | None = None
+        self.upstream_ends = False
+        self.trailer = b""
         self.wanted = 0
-        self._terms = terms
+        self._rules = RequestRules(terms)
         self._structured = terms.structured_replies
         self._context_ids = frozenset(one.id for one in terms.contexts)
-        self._mask = terms.block_sizes.minimum - 1
-        self._max_payload = terms.block_sizes.maximum
         self._next_cookie = 1  # 0 stands for "none"
         self._in_flight: dict[int, Request] = {}
         self._chunked: dict[int, ChunkedReply] = {}  # replies of more than one chunk, under way
         self._local: list[bytes] = []
-        self._refusing = False  # answer everything with NBD_ESHUTDOWN
         self._upstream_lost = False
         # A WRITE's payload on its way from the client:
         self._payload_left = 0
@@ -113,13 +106,8 @@ class Transmission:
         self._payload_reply = b""  # what to say behind a payload that is thrown away
         # A READ's payload on its way to the client:
         self._reply_left = 0
-        self._reply_to_be_continued = False  # more chunks follow for the same request
-        # READ and WRITE within these bounds are forwarded without a closer look.
-        self._forbidden_flags = [0xFFFF & ~flags for flags in self._flags_of_reads_and_writes()]
-        self._limits = [
-            UNLIMITED_PAYLOAD if self._structured else self._max_payload,
-            0 if terms.read_only else self._max_payload,
-        ]
+        self._reply_can_fail = False  # it is a chunk, and an error chunk may follow
+        self._trailer_for = 0  # ours; of the reply whose last chunk it is, DONE taken off
 
     # -- what a shell wants to know
 
@@ -163,8 +151,7 @@ class Transmission:
 
     def shutdown(self) -> None:
         """Answer NBD_ESHUTDOWN from now on; what is in flight goes on to its end."""
-        self._refusing = True
-        self._limits = [0, 0]
+        self._rules.refuse_all()
 
     # -- client to upstream
 
@@ -181,12 +168,8 @@ class Transmission:
                 start = at
             if not self._payload_left:
                 self._end_payload()
-        size, mask, limits, forbidden = (
-            self._terms.size,
-            self._mask,
-            self._limits,
-            self._forbidden_flags,
-        )
+        rules = self._rules
+        size, mask, limits, forbidden = rules.size, rules.mask, rules.limits, rules.forbidden_flags
         in_flight, unpack, pack_cookie = (
             self._in_flight,
             REQUEST.unpack_from,
@@ -207,16 +190,19 @@ class Transmission:
                 if kind == _DISC:
                     self.client_done = True
                     break
-                if verdict := self._verdict(kind, flags, offset, length):
+                try:
+                    verdict = rules.verdict(kind, flags, offset, length)
+                except PeerError as fault:
+                    self.client_fault = fault
+                    break
+                if verdict:
                     if start < at:
                         spans.append((start, at))
-                    if self.client_fault:
-                        return at, spans
                     at += _REQUEST_SIZE
                     at += self._answer_here(verdict, cookie, kind, length, end - at)
                     start = at
                     continue
-                if flags & _FUA and kind not in _CHANGES_DATA:
+                if flags & _FUA and kind not in CHANGES_DATA:
                     U16.pack_into(buffer, at + 4, flags & ~_FUA)
                 if kind == _BLOCK_STATUS and length > _MAX_STATUS_LENGTH:
                     length = _MAX_STATUS_LENGTH
@@ -252,7 +238,7 @@ class Transmission:
         self, verdict: int, cookie: int, kind: int, length: int, available: int
     ) -> int:
         """Answer a request that is not forwarded. Returns how much of its payload was dropped."""
-        if verdict == _ANSWERED_HERE:
+        if verdict == ANSWERED_HERE:
             self._local.append(success_reply(cookie, kind, structured=self._structured))
             return 0
         reply = error_reply(cookie, verdict, structured=self._structured)
@@ -266,73 +252,27 @@ class Transmission:
             self._end_payload()
         return dropped
 
-    def _verdict(self, kind: int, flags: int, offset: int, length: int) -> int:
-        """0: forward. -1: success, without the upstream. Else the NBD_E* to refuse with.
-
-        proto.md, "Size constraints", "Command flags", "Request types" and "Error values".
-        """
-        terms = self._terms
-        if kind == _WRITE and length > max(self._max_payload, MAX_UNADVERTISED_PAYLOAD):
-            self.client_fault = PeerError("client", f"NBD_CMD_WRITE of {length} bytes")
-            return Error.EINVAL
-        if self._refusing:
-            return Error.ESHUTDOWN
-        if kind in _CHANGES_DATA and terms.read_only:
-            return Error.EPERM
-        allowed = self._allowed_flags(kind)
-        if allowed is None or flags & ~allowed:
-            return Error.EINVAL
-        if kind == Cmd.FLUSH:
-            return Error.EINVAL if offset or length else 0
-        if offset > terms.size or length > terms.size - offset:
-            return Error.ENOSPC if kind in (Cmd.WRITE, Cmd.WRITE_ZEROES) else Error.EINVAL
-        if length == 0:  # "unspecified", and some servers do not survive it: never forwarded
-            return Error.EINVAL if kind == _BLOCK_STATUS else _ANSWERED_HERE
-        if (offset | length) & self._mask:
-            return Error.EINVAL
-        if kind < 2 and length > self._limits[kind]:
-            return Error.EINVAL
-        return 0
-
-    def _allowed_flags(self, kind: int) -> int | None:
-        """Command flags that this command may carry; None if the command was not negotiated."""
-        features = self._terms.flags
-        fua = _FUA if features & TransmissionFlag.SEND_FUA else 0
-        match kind:
-            case Cmd.READ:
-                return fua | (_DF if features & TransmissionFlag.SEND_DF else 0)
-            case Cmd.WRITE:
-                return fua
-            case Cmd.FLUSH if features & TransmissionFlag.SEND_FLUSH:
-                return fua
-            case Cmd.TRIM if features & TransmissionFlag.SEND_TRIM:
-                return fua
-            case Cmd.CACHE if features & TransmissionFlag.SEND_CACHE:
-                return fua
-            case Cmd.WRITE_ZEROES if features & TransmissionFlag.SEND_WRITE_ZEROES:
-                fast = _FAST_ZERO if features & TransmissionFlag.SEND_FAST_ZERO else 0
-                return fua | _NO_HOLE | fast
-            case Cmd.BLOCK_STATUS if self._context_ids:
-                return fua | _REQ_ONE
-            case _:
-                return None
-
-    def _flags_of_reads_and_writes(self) -> tuple[int, int]:
-        """Flags that need no closer look. FUA on a READ does: it is taken off."""
-        read, write = self._allowed_flags(Cmd.READ), self._allowed_flags(Cmd.WRITE)
-        return (read or 0) & ~_FUA, write or 0
-
     # -- upstream to client
 
-    def replies(self, buffer: bytearray, end: int) -> int:
-        """Walk `buffer[:end]`. Returns how many bytes are done with: all of them may be sent on.
+    def replies(self, buffer: bytearray, at: int, end: int) -> int:
+        """Walk `buffer[at:end]`. Returns up to where it is done with: all that may be sent on.
 
-        Bytes that are not done with are part of one message; bring them again, at the front, in a
-        buffer of `wanted` bytes at least.
+        Send `trailer` behind it, and if there is one, call again with the rest. Bytes that are not
+        done with are part of one message; bring them again with the next, in a buffer that has
+        room for `wanted` bytes of them.
         """
-        at = min(self._reply_left, end)
-        self._reply_left -= at
+        self.trailer = b""
         self.wanted = 0
+        if self._reply_left:
+            passed = min(self._reply_left, end - at)
+            self._reply_left -= passed
+            at += passed
+            if not self._reply_left and self._trailer_for:
+                request = self._in_flight.pop(self._trailer_for)
+                self._chunked.pop(self._trailer_for, None)
+                self._trailer_for = 0
+                self.trailer = success_reply(request.cookie, request.kind, structured=True)
+                return at
         try:
             while end - at >= _SIMPLE_SIZE:
                 (magic,) = U32.unpack_from(buffer, at)
@@ -357,11 +297,11 @@ class Transmission:
             raise PeerError("upstream", "a reply to a write whose payload it does not have yet")
         return request
 
-    def _begin_payload(self, at: int, end: int, length: int, *, to_be_continued: bool) -> int:
+    def _begin_payload(self, at: int, end: int, length: int, *, can_fail: bool) -> int:
         """A READ's payload starts at `at`. Returns where it ends within this buffer."""
         if length > end - at:
             self._reply_left = length - (end - at)
-            self._reply_to_be_continued = to_be_continued
+            self._reply_can_fail = can_fail
             return end
         return at + length
 
@@ -378,10 +318,11 @@ class Transmission:
         del self._in_flight[mine]
         if error:
             U32.pack_into(buffer, at + 4, legal_error(error))
+            self._look_for_shutdown(error)
         U64.pack_into(buffer, at + COOKIE_AT, request.cookie)
         at += _SIMPLE_SIZE
         if request.kind == _READ and not error:
-            return self._begin_payload(at, end, request.length, to_be_continued=False)
+            return self._begin_payload(at, end, request.length, can_fail=False)
         return at
 
     def _chunk(self, buffer: bytearray, at: int, end: int) -> int:
@@ -392,6 +333,8 @@ class Transmission:
         request = self._request(mine)
         done = bool(flags & _DONE)
         if kind == Chunk.OFFSET_DATA:
+            if length <= U64.size:
+                raise PeerError("upstream", f"a data chunk of {length} bytes")
             if end - at < _DATA_HEADER_SIZE:
                 return at
             (offset,) = U64.unpack_from(buffer, at + _CHUNK_SIZE)
@@ -407,7 +350,12 @@ class Transmission:
                 if done:
                     self._chunked[mine].finish()
             after = at + _DATA_HEADER_SIZE
-            after = self._begin_payload(after, end, count, to_be_continued=not done)
+            after = self._begin_payload(after, end, count, can_fail=True)
+            if done and self._reply_left:
+                # The rest may never come, so this is not the last chunk: "MUST NOT do so for a
+                # content chunk if it would still be possible to detect an error".
+                U16.pack_into(buffer, at + 4, 0)
+                self._trailer_for, flags, done = mine, 0, False
         else:
             self._check_length(kind, length)
             after = at + _CHUNK_SIZE + length
@@ -476,11 +424,17 @@ class Transmission:
         elif kind == Chunk.BLOCK_STATUS:
             reply.status(buffer, data_at, length)
         else:
-            reply.error(buffer, data_at, kind, length)
+            self._look_for_shutdown(reply.error(buffer, data_at, kind, length))
         if done:
             reply.finish()
 
     # -- the end of the upstream
+
+    def _look_for_shutdown(self, error: int) -> None:
+        """ "If the client receives an NBD_ESHUTDOWN error it MUST initiate a soft disconnect." """
+        if error == Error.ESHUTDOWN:
+            self.upstream_ends = True
+            self.shutdown()
 
     def lose_upstream(self) -> Iterator[bytes | memoryview] | None:
         """The upstream is gone. Returns what the client is to be sent, once and in full.
@@ -490,11 +444,12 @@ class Transmission:
         "the server MUST immediately initiate a hard disconnect".
         """
         self.shutdown()
-        if self._reply_left and not self._reply_to_be_continued:
+        if self._reply_left and not self._reply_can_fail:
             return None
         if self._upstream_lost:
             return iter(())
         self._upstream_lost = True
+        self._trailer_for = 0
         if self.mid_request:  # its reply comes behind its payload
             cut = self._in_flight.pop(self._payload_cookie)
             self._payload_cookie = 0

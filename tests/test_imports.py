@@ -65,7 +65,10 @@ TABLE = {
     "nbd.haggling": Layer("nbd.negotiation nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.negotiation": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.handshake": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
-    "nbd.transmission": Layer("nbd.replies nbd.pairing nbd.wire nbd.constants errors", pure=True),
+    "nbd.transmission": Layer(
+        "nbd.requests nbd.replies nbd.pairing nbd.wire nbd.constants errors", pure=True
+    ),
+    "nbd.requests": Layer("nbd.pairing nbd.constants errors", pure=True),
     "nbd.replies": Layer("nbd.wire nbd.constants errors", pure=True),
     "nbd.pairing": Layer("nbd.wire nbd.constants errors", pure=True),
     "nbd.uri": Layer("nbd.constants errors", pure=True),

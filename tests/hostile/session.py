@@ -22,6 +22,7 @@ from tests.support.rawclient import (
     Request,
 )
 
+ERROR_BIT = 1 << 15  # in the types of all error chunks
 LEGAL_ERRORS = {error.value for error in Err} - {Err.OK}
 GONE = (Err.ESHUTDOWN, Err.EIO)  # what requests get whose upstream is lost
 
@@ -167,7 +168,7 @@ class Session:
                 answer.cover(offset, bytes(size))
             case Ct.BLOCK_STATUS:
                 self._status(answer, payload)
-            case Ct.ERROR | Ct.ERROR_OFFSET:
+            case _ if kind & ERROR_BIT:  # an unknown one is just an error
                 self._error(answer, kind, payload)
             case _:
                 raise AssertionError(f"chunk type {kind:#x}")
@@ -197,14 +198,15 @@ class Session:
             assert extents[0][0] <= request.length
 
     def _error(self, answer: Answer, kind: int, payload: bytes) -> None:
-        fixed = 6 if kind == Ct.ERROR else 14
+        fixed = 14 if kind == Ct.ERROR_OFFSET else 6
         assert len(payload) >= fixed
         error, text_length = struct.unpack_from(">IH", payload)
         assert text_length <= min(4096, len(payload) - fixed), "error text longer than the chunk"
-        payload[6 : 6 + text_length].decode()
+        text = payload[6 : 6 + text_length].decode()
+        assert not text or text.isprintable(), f"not fit for display: {text!r}"
         assert error in LEGAL_ERRORS, f"error {error}"
         if kind == Ct.ERROR_OFFSET:
-            (offset,) = struct.unpack(">Q", payload[6 + text_length :])
+            (offset,) = struct.unpack_from(">Q", payload, 6 + text_length)
             first = answer.request.offset
             assert first <= offset < first + answer.request.length
         answer.error = answer.error or error

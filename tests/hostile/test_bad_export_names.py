@@ -17,7 +17,7 @@ LEGAL = {
     "3000": b"n" * 3000,
     "4096": b"n" * 4096,
     "utf8": "Größe \N{SNOWMAN}".encode(),
-    "escape": b"\x1b[31mred\x1b[0m\r\nERROR forged line",
+    "escape": b"\x1b[31mred\x1b[0m\r\nforged line",
 }
 ILLEGAL = {
     "4097": b"n" * 4097,
@@ -35,12 +35,18 @@ REFUSALS = (Rep.ERR_INVALID, Rep.ERR_UNKNOWN, Rep.ERR_TOO_BIG)
 @pytest.mark.parametrize("opt", [Opt.INFO, Opt.GO])
 @pytest.mark.parametrize("name", LEGAL.values(), ids=LEGAL.keys())
 def test_legal_but_unknown(lab: Lab, opt: int, name: bytes) -> None:
+    logged = len(lab.gateway.log())
     client = lab.tls()
     (reply,) = client.ask(opt, info_data(name))  # H10: no INFO replies
     assert reply.type == Rep.ERR_UNKNOWN
     assert client.go().size == lab.fake.script.size  # and the session goes on
     forwarded = {got[4 : 4 + len(name)] for link in lab.fake.links for _, got in link.options}
     assert name in forwarded
+    client.close()
+    lab.wait(lambda: "closed" in lab.gateway.log()[logged:], "the session's last line")
+    log = lab.gateway.log()[logged:]
+    assert "\x1b" not in log
+    assert not any(line.startswith("forged") for line in log.splitlines())
 
 
 @pytest.mark.parametrize("opt", [Opt.INFO, Opt.GO, Opt.SET_META_CONTEXT, Opt.LIST_META_CONTEXT])

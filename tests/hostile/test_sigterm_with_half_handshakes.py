@@ -18,7 +18,7 @@ from tests.support.rawclient import (
     tls_context,
 )
 
-OPTIONS = ("--handshake-timeout", "3", "--drain-timeout", "8")
+OPTIONS = ("--handshake-timeout", "2", "--drain-timeout", "8")
 BOUND_S = 10.0
 
 

@@ -56,15 +56,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def other_pki(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of a CA that the gateway does not know, and the CA of the gateway.
+    """Certificates of a CA that the gateway does not know.
 
-    So the client accepts the gateway, and it is the gateway that has to refuse the client.
+    ca-cert.pem holds both CAs: the client finds no fault with the gateway, nor (as qemu looks at
+    that first) with its own certificate. It is the gateway that has to refuse.
     """
     from gateway.pki import init
 
     directory = tmp_path_factory.mktemp("other") / "pki"
     init(directory)
-    shutil.copy(pki / "ca-cert.pem", directory / "ca-cert.pem")
+    with (directory / "ca-cert.pem").open("ab") as file:
+        file.write((pki / "ca-cert.pem").read_bytes())
     return directory
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 from tests.support.rawclient import (
     C_FIXED,
@@ -207,7 +207,7 @@ class Link:
 class Script:
     """What the fake does on a connection. One instance may serve many: state lives in the link."""
 
-    style: ClassVar[str] = "fixed"  # or "newstyle", "oldstyle"
+    style: str = "fixed"  # or "newstyle", "oldstyle"
     size: int = MIB
     flags: int = ALL_FEATURES
     block_sizes: tuple[int, int, int] | None = None
@@ -332,6 +332,11 @@ class Script:
         data_cmd = request.cmd not in (Cmd.DISC, Cmd.FLUSH)
         assert not data_cmd or request.length > 0, f"empty request forwarded: {request}"
         assert request.offset + request.length <= self.size, f"beyond the end: {request}"
+        if self.block_sizes is not None:
+            minimum, _, maximum = self.block_sizes
+            assert not (request.offset | request.length) % minimum, f"unaligned: {request}"
+            sized = request.cmd == Cmd.WRITE or (request.cmd == Cmd.READ and not link.structured)
+            assert not sized or request.length <= maximum, f"beyond the maximum: {request}"
         if request.cmd == Cmd.READ:
             self.read(link, request)
         elif request.cmd == Cmd.BLOCK_STATUS:

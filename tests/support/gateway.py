@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,20 +40,28 @@ class Output:
     """
 
     def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()
-        self._kept: str | None = None
+        self._file: IO[bytes] | None = None
+        self._kept = ""
+
+    @property
+    def file(self) -> IO[bytes]:
+        """For the child."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()
+        return self._file
 
     def text(self) -> str:
-        if self._kept is not None:
+        if self._file is None:
             return self._kept
         # pread: the child shares the file's offset, and seeking would move where it writes.
-        descriptor = self.file.fileno()
+        descriptor = self._file.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def close(self) -> None:
-        if self._kept is None:
+        if self._file is not None:
             self._kept = self.text()
-            self.file.close()
+            self._file.close()
+            self._file = None
 
 
 class Gateway:
@@ -72,6 +80,7 @@ class Gateway:
     ) -> None:
         self.args = [str(arg) for arg in args]
         self.uris: list[str] = []
+        self.exit_code = 0  # what `stop` expects
         self._env = {**environment(), **(env or {})}
         self._pass_fds = pass_fds
         self._faults_allowed = faults_allowed
@@ -143,7 +152,7 @@ class Gateway:
         self.kill()
         if self._faults_allowed:
             return
-        assert status == 0, f"the gateway's exit code is {status}:\n{log}"
+        assert status == self.exit_code, f"the gateway's exit code is {status}:\n{log}"
         assert not _FAULT.search(log), f"the gateway's log:\n{log}"
 
     def kill(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Self
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import pytest
 
@@ -89,7 +90,7 @@ class Server:
         try:
             wait_until(self._listens, f"{self.argv[0]} to listen", START_S)
         except AssertionError as error:
-            self.kill()
+            self.__exit__()
             raise AssertionError(f"{error}\n{self.log()}") from None
 
     def _listens(self) -> bool:
@@ -190,6 +191,10 @@ class Client:
         return Client(f"{uri}?{split.query}" if split.query else uri, self.certificates)
 
     @property
+    def export(self) -> str:
+        return unquote(urlsplit(self.address).path[1:])
+
+    @property
     def uri(self) -> str:
         """For libnbd's programs."""
         if self.certificates is None:
@@ -211,7 +216,7 @@ class Client:
 
     def qemu_image(self, **options: str) -> str:
         split = urlsplit(self.address)
-        parts = {"driver": "nbd", "export": split.path[1:]}
+        parts = {"driver": "nbd", "export": self.export}
         if split.hostname:
             parts |= {"server.type": "inet", "server.host": split.hostname}
             parts["server.port"] = str(split.port)
@@ -298,9 +303,14 @@ def report(**values):
 """
 
 
+@functools.cache
+def _has_libnbd() -> bool:
+    return run(SYSTEM_PYTHON, "-c", "import nbd").returncode == 0
+
+
 def start_nbdsh(script: str, client: Client, **args: Any) -> subprocess.Popen[str]:
     """Start a program for libnbd. `connect`, `failed`, `until`, `report` and `args` are there."""
-    if run(SYSTEM_PYTHON, "-c", "import nbd").returncode != 0:
+    if not _has_libnbd():
         missing(f"{SYSTEM_PYTHON} has no module nbd (tests/peers/install gets it)")
     values = json.dumps({**args, "uri": client.uri}, default=str)
     return subprocess.Popen(

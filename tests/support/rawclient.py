@@ -391,9 +391,11 @@ class RawClient:
         self.sock.sendall(self._outgoing.read())
         self.tls = tls
 
-    def ask_structured(self) -> None:
-        assert self.verdict(Opt.STRUCTURED_REPLY) == Rep.ACK
-        self.structured = True
+    def ask_structured(self, *, optional: bool = False) -> None:
+        """`optional`: an upstream without structured replies; the gateway need not make them."""
+        verdict = self.verdict(Opt.STRUCTURED_REPLY)
+        assert verdict == Rep.ACK or (optional and verdict == Rep.ERR_UNSUP), f"{verdict:#x}"
+        self.structured = verdict == Rep.ACK
 
     def set_contexts(self, queries: Sequence[bytes], name: bytes = b"") -> dict[int, bytes]:
         *contexts, last = self.ask(Opt.SET_META_CONTEXT, meta_data(name, queries))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from typing import Final, Self
 from gateway.errors import ListenError, SettingsError
 from gateway.nbd.uri import tcp_uri, unix_uri
 from gateway.settings import Listen, ListenSystemd, ListenTCP, ListenUnix
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024  # the kernel caps it at net.core.somaxconn
 _FIRST_FD: Final = 3  # sd_listen_fds(3)
@@ -32,9 +35,12 @@ class Listener:
         """Close the sockets, and remove the socket file if it is still the one that we made."""
         for sock in self.sockets:
             sock.close()
-        if self.unlink is not None and _inode(self.unlink) == self._inode:
-            os.unlink(self.unlink)
-        self.unlink = None
+        path, self.unlink = self.unlink, None
+        if path is not None and _inode(path) == self._inode:
+            try:
+                os.unlink(path)
+            except OSError as error:  # the sessions are not to suffer for it
+                logger.warning("cannot remove %s: %s", path, error.strerror)
 
     def uris(self, export: str, names: Iterable[str], *, tls: bool) -> list[str]:
         """What a client can paste. For a wildcard address the first of `names` is the host."""

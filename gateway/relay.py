@@ -6,6 +6,7 @@ A pump waits without a buffer, borrows one when bytes have come, moves as many a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -169,13 +170,11 @@ class Relay:
         """Walk what is held, send it upstream, and answer what is answered here."""
         transmission = self._transmission
         consumed, spans = transmission.requests(stream.buffer, 0, stream.held)
-        while transmission.mid_payload and not stream.full:
+        if transmission.mid_payload and not stream.full:
             # A header without its payload: it is worth a system call to send both in one go.
-            try:
-                if not stream.read(probe=True):
-                    break
-            except ChannelClosed:
-                break  # what is walked goes on; the next read meets the error again
+            # If the client is gone, what is walked goes on, and the next read meets the error.
+            with contextlib.suppress(ChannelClosed):
+                stream.read(probe=True)
             consumed, more = transmission.requests(stream.buffer, consumed, stream.held)
             spans += more
         if spans and not self._upstream_gone.is_set():

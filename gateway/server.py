@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 from typing import Final
@@ -18,6 +19,7 @@ from gateway.tls import server_context, server_names
 
 logger = logging.getLogger(__name__)
 
+_OTHER_DESCRIPTORS: Final = 64  # listeners, log, epoll, ...
 _BACK_OFF_S: Final = (0.005, 1.0)  # first and longest wait after an accept that failed
 # Out of descriptors or memory: it may get better. Everything else about a listener is a bug.
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -62,6 +64,7 @@ class Server:
         Raises ListenError, and SettingsError for an address that `--tls off` forbids.
         """
         settings = self._settings
+        _allow_descriptors(settings.max_connections)
         listeners = Listeners.open(
             settings.listen, local_only=settings.tls is None, environ=os.environ
         )
@@ -132,6 +135,24 @@ class Server:
                     return
                 logger.info("%s: ending", signal.Signals(number).name)
                 accepting.cancel_scope.cancel()
+
+
+def _allow_descriptors(clients: int) -> None:
+    """Two sockets a client: raise our soft limit as far as it takes, and say if it cannot be."""
+    needed = 2 * clients + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed <= soft:
+        return
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < needed:
+        logger.warning(
+            "%d clients need %d descriptors, and %d are allowed: raise LimitNOFILE= or ulimit -n, "
+            "or lower --max-connections",
+            clients,
+            needed,
+            limit,
+        )
 
 
 def _peer(sock: socket.socket, address: object) -> str:

@@ -35,7 +35,7 @@ from gateway.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 3.0
-RECEIVE_BUFFER: Final = 1 << 20  # bytes; for bulk writes, see `_tune`
+_PLAIN_RECEIVE: Final = 4096  # bytes at a time from a client that has proved nothing yet
 _QUIET_ENDS: Final = frozenset({SessionEnd.PROBE})
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
@@ -182,7 +182,7 @@ class Session:
                 if isinstance(effect, StartTLS):
                     return
                 await self._act(effect)
-            data = await self._channel.receive()
+            data = await self._channel.receive(_PLAIN_RECEIVE)
             if not data:
                 left = machine.end is SessionEnd.ABORTED
                 raise _Ended(SessionEnd.CLIENT_LEFT if left else machine.end)
@@ -221,6 +221,7 @@ class Session:
         match effect:
             case Send(data):
                 await self._channel.send_all(data)
+                await trio.lowlevel.checkpoint()  # one client's options must not starve the others
             case Close(reason):
                 raise _Ended(reason, self._refused())
             case _:

@@ -18,6 +18,7 @@ import trio
 
 from gateway.errors import ChannelClosed
 
+_MAX_RECORDS: Final = 64  # in one `fill`: a client may send records of one byte
 RECORD: Final = 16384  # the most that one TLS record holds; RFC 8446, section 5.1
 LINGER_S: Final = 2.0  # how long a last word may take to reach the peer
 _LINGER_BYTES: Final = 1 << 20
@@ -202,11 +203,14 @@ class TLSChannel(Channel):
         return self._tls
 
     def fill(self, view: memoryview, *, probe: bool = True) -> int:
-        """As for a plain channel. Reads whole records until there are no more or no room."""
+        """As for a plain channel. Reads records until there are no more, no room, or many."""
         read: Callable[[int, memoryview], int] = self._tls.read  # type: ignore[assignment]
         filled, room = 0, len(view)
         try:
-            while filled < room:
+            for _ in range(_MAX_RECORDS):
+                if filled == room:
+                    self._drained = False
+                    break
                 count = read(room - filled, view[filled:])
                 if not count:  # close_notify
                     self.eof = True

@@ -18,6 +18,7 @@ from gateway.nbd.constants import (
 )
 from gateway.nbd.negotiation import (
     MAX_OPTION_DATA,
+    MAX_OPTIONS,
     SHUTTING_DOWN,
     Ask,
     Close,
@@ -110,7 +111,7 @@ class Haggling:
         self._policy = policy
         self._tls = tls
         self._no_zeroes = no_zeroes
-        self._options = Options(MAX_OPTION_DATA)
+        self._options = Options(MAX_OPTION_DATA, MAX_OPTIONS)
         self._asked: Option | None = None  # the option that waits for the upstream
         self._asked_name = ""  # the export name in it, as the client spelt it
         self._asked_infos: tuple[int, ...] = ()

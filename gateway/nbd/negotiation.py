@@ -33,6 +33,8 @@ from gateway.nbd.wire import (
 
 MAX_OPTION_DATA = 64 << 10  # stored; room for 15 meta context queries of the longest kind
 MAX_OPTION_SKIP = MAX_UNADVERTISED_PAYLOAD  # read and thrown away; beyond it is an attack
+MAX_PLAIN_OPTIONS = 32  # before TLS: one is enough, and clients that probe send a handful
+MAX_OPTIONS = 4096  # inside TLS: some clients ask for each export by itself
 
 TLS_REQUIRED = "this server speaks NBD over TLS only: use nbds://, tls-creds= or -certfile"
 SHUTTING_DOWN = "this gateway is shutting down"
@@ -128,9 +130,10 @@ class Option:
 class Options:
     """Cuts a client's bytes into options. Data longer than `max_data` is skipped, not stored."""
 
-    def __init__(self, max_data: int) -> None:
+    def __init__(self, max_data: int, max_options: int) -> None:
         self.inbox = Inbox("client")
         self._max_data = max_data
+        self._left = max_options
         self._number: int | None = None  # of the option whose data is awaited
         self._length = 0
         self._to_skip = 0
@@ -140,6 +143,9 @@ class Options:
         if self._number is None:
             if (header := self.inbox.take_option_header()) is None:
                 return None
+            if not self._left:
+                raise PeerError("client", "too many options")
+            self._left -= 1
             if header.length > MAX_OPTION_SKIP:
                 raise PeerError("client", f"option {header.option} of {header.length} bytes")
             self._number, self._length = header.option, header.length
@@ -165,7 +171,7 @@ class PlainHaggling:
     """
 
     def __init__(self) -> None:
-        self._options = Options(max_data=0)
+        self._options = Options(max_data=0, max_options=MAX_PLAIN_OPTIONS)
         self._done = False
         self._shutdown = False
         self.end = SessionEnd.ABORTED  # what it means if the client goes now

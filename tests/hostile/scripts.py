@@ -8,11 +8,13 @@ from collections.abc import Callable
 from tests.support.fake_upstream import Link, Script
 from tests.support.rawclient import TIMEOUT_S, Cmd, Request
 
+Make = Callable[[Request], bytes]  # the raw answer to a request
+
 
 class Answering(Script):
     """Answers every request of one kind with raw bytes, all others correctly."""
 
-    def __init__(self, cmd: int, make: Callable[[Request], bytes], **changes: object) -> None:
+    def __init__(self, cmd: int, make: Make, **changes: object) -> None:
         super().__init__(**changes)
         self.cmd, self.make = cmd, make
 
@@ -42,7 +44,7 @@ class Holding(Script):
 class Dying(Script):
     """Sends what `make` says when the first READ has come, and hangs up."""
 
-    def __init__(self, make: Callable[[Request], bytes], **changes: object) -> None:
+    def __init__(self, make: Make, **changes: object) -> None:
         super().__init__(**changes)
         self.make = make
 

@@ -93,6 +93,12 @@ class Session:
         assert answer.request.cookie == request.cookie, f"answered: {answer.request}"
         return answer
 
+    def ask_plainly(self, cmd: int, flags: int = 0) -> Answer:
+        """A request like any other of its kind: 512 bytes at 0, and a payload where one is due."""
+        if cmd == Cmd.WRITE:
+            return self.ask(cmd, flags=flags, payload=bytes(512))
+        return self.ask(cmd, 0, 0 if cmd == Cmd.FLUSH else 512, flags=flags)
+
     def check(self, offset: int = 4093, length: int = 999) -> None:
         """Both streams are in step: a read brings the right bytes."""
         answer = self.ask(Cmd.READ, offset, length)

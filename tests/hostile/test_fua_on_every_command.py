@@ -15,17 +15,11 @@ WRITING = [Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES]
 OTHER = [Cmd.READ, Cmd.CACHE, Cmd.BLOCK_STATUS, Cmd.FLUSH]
 
 
-def arguments(cmd: int) -> dict[str, object]:
-    if cmd == Cmd.FLUSH:
-        return {}
-    return {"payload": bytes(512)} if cmd == Cmd.WRITE else {"length": 512}
-
-
 @pytest.mark.parametrize("cmd", WRITING + OTHER)
 def test_accepted(lab: Lab, cmd: Cmd) -> None:
     session = lab.session(contexts=[b"base:allocation"])
     assert session.export.flags & Tf.SEND_FUA
-    assert session.ask(cmd, flags=Cf.FUA, **arguments(cmd)).error == 0
+    assert session.ask_plainly(cmd, Cf.FUA).error == 0
     session.disc()
     seen = lab.fake.wait_end().requests[0]
     assert seen.cmd == cmd
@@ -38,7 +32,7 @@ def test_upstream_without_fua(lab: Lab, cmd: Cmd, missing: Tf) -> None:
     """Offered all the same, a write needs a FLUSH behind it; not offered, it is an invalid flag."""
     lab.fake.script = Script(flags=ALL_FEATURES & ~missing)
     session = lab.session(contexts=[b"base:allocation"])
-    answer = session.ask(cmd, flags=Cf.FUA, **arguments(cmd))
+    answer = session.ask_plainly(cmd, Cf.FUA)
     offered = bool(session.export.flags & Tf.SEND_FUA)
     if missing & Tf.SEND_FLUSH:
         assert not offered, "nothing in the upstream could make FUA true"

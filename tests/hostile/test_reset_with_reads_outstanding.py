@@ -5,14 +5,20 @@ nbdkit once asserted here, and might have written one client's data to the descr
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from tests.hostile.conftest import Lab
 from tests.hostile.scripts import Holding
-from tests.support.fake_upstream import Script, pattern
+from tests.support.fake_upstream import Link, Script, pattern
 from tests.support.rawclient import Cmd
 
 READS = 64
+
+
+def all_forwarded(link: Link) -> bool:
+    return len(link.requests) == READS
 
 
 @pytest.mark.parametrize("how", ["rst", "fin"])
@@ -32,7 +38,7 @@ def test_the_other_client_gets_its_own_data(
             bad.submit(Cmd.READ, 8192 * (i % 100), 65536)
         wanted = [good.submit(Cmd.READ, 4096 * i, 8192) for i in range(20)]
         if held:
-            lab.fake.wait(lambda link=link: len(link.requests) == READS, "all reads forwarded")
+            lab.fake.wait(functools.partial(all_forwarded, link), "all reads forwarded")
         bad.client.reset() if how == "rst" else bad.client.close()
         if isinstance(script, Holding):
             script.go.set()

@@ -20,12 +20,6 @@ VALID = {
 }
 
 
-def arguments(cmd: int) -> dict[str, object]:
-    if cmd == Cmd.FLUSH:
-        return {}
-    return {"payload": bytes(512)} if cmd == Cmd.WRITE else {"length": 512}
-
-
 @pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
 def test_unknown_command(lab: Lab, structured: bool) -> None:
     session = lab.session(structured=structured)
@@ -42,10 +36,8 @@ def test_flags_of_no_or_another_command(lab: Lab, cmd: Cmd) -> None:
     session = lab.session(contexts=[b"base:allocation"])
     for bit in range(16):
         if not VALID[cmd] & 1 << bit:
-            assert session.ask(cmd, 0, flags=1 << bit, **arguments(cmd)).error == Err.EINVAL
-            assert session.ask(cmd, 0, flags=1 << bit | Cf.FUA, **arguments(cmd)).error == (
-                Err.EINVAL
-            )
+            assert session.ask_plainly(cmd, 1 << bit).error == Err.EINVAL
+            assert session.ask_plainly(cmd, 1 << bit | Cf.FUA).error == (Err.EINVAL)
     session.check()
     session.disc()
     assert [request.cmd for request in lab.fake.wait_end().requests] == [Cmd.READ, Cmd.DISC]
@@ -54,7 +46,7 @@ def test_flags_of_no_or_another_command(lab: Lab, cmd: Cmd) -> None:
 @pytest.mark.parametrize("cmd", COMMANDS)
 def test_valid_flags(lab: Lab, cmd: Cmd) -> None:
     session = lab.session(contexts=[b"base:allocation"])
-    assert session.ask(cmd, 0, flags=VALID[cmd], **arguments(cmd)).error == 0
+    assert session.ask_plainly(cmd, VALID[cmd]).error == 0
     session.disc()
 
 
@@ -73,7 +65,7 @@ def test_what_the_upstream_cannot_do(lab: Lab, missing: Tf, cmd: Cmd, flags: int
     """U3: used only if advertised. What the gateway offers nevertheless, it must do itself."""
     lab.fake.script = Script(flags=ALL_FEATURES & ~missing)
     session = lab.session()
-    answer = session.ask(cmd, 0, flags=flags, **arguments(cmd))
+    answer = session.ask_plainly(cmd, flags)
     assert answer.error == (0 if session.export.flags & missing else Err.EINVAL)
     session.check()
     session.disc()

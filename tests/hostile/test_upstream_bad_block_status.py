@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import pytest
 
 from tests.hostile.conftest import Lab
-from tests.hostile.scripts import Answering
+from tests.hostile.scripts import Answering, Make
 from tests.hostile.session import Session
 from tests.support.fake_upstream import (
     DONE,
@@ -24,7 +23,6 @@ from tests.support.rawclient import Cf, Cmd, Ct, Err, Request
 LENGTH = 65536
 BOTH = [b"base:allocation", b"qemu:dirty-bitmap:b0"]
 FIRST, SECOND = 0x1001, 0x1003  # the ids that the fake gives
-Make = Callable[[Request], bytes]
 
 
 def first(*extents: tuple[int, int]) -> Make:
@@ -59,6 +57,12 @@ BAD: dict[str, Make] = {
     "same_context_twice": lambda got: (
         status_chunk(got.cookie, FIRST, [(512, 0)])
         + status_chunk(got.cookie, FIRST, [(512, 0)], flags=DONE)
+    ),
+    "unknown_context_among_good": lambda got: (
+        status_chunk(got.cookie, 77, [(512, 0)]) + first((512, 0))(got)
+    ),
+    "same_context_twice_among_good": lambda got: (
+        status_chunk(got.cookie, FIRST, [(512, 0)]) + first((512, 0))(got)
     ),
     "context_missing": lambda got: status_chunk(got.cookie, FIRST, [(512, 0)], flags=DONE),
     "nothing": lambda got: none_chunk(got.cookie),

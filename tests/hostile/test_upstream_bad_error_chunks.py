@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import pytest
 
 from tests.hostile.conftest import Lab
-from tests.hostile.scripts import Answering
+from tests.hostile.scripts import Answering, Make
 from tests.hostile.session import Session
 from tests.support.fake_upstream import DONE, chunk, data_chunk, none_chunk, pattern
 from tests.support.rawclient import Cmd, Ct, Err, Request
@@ -20,7 +19,7 @@ def error(got: Request, kind: int, body: bytes, flags: int = DONE) -> bytes:
     return chunk(got.cookie, kind, body, flags=flags)
 
 
-MALFORMED: dict[str, Callable[[Request], bytes]] = {
+MALFORMED: dict[str, Make] = {
     "empty": lambda got: error(got, Ct.ERROR, b""),
     "no_message_length": lambda got: error(got, Ct.ERROR, struct.pack(">I", 5)),
     "message_longer_by_1": lambda got: error(got, Ct.ERROR, struct.pack(">IH", 5, 5) + b"four"),
@@ -32,7 +31,7 @@ MALFORMED: dict[str, Callable[[Request], bytes]] = {
 
 
 @pytest.mark.parametrize("make", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed(lab: Lab, witness: Session, make: Callable[[Request], bytes]) -> None:
+def test_malformed(lab: Lab, witness: Session, make: Make) -> None:
     """P:1790, P:1940: a message length beyond the chunk costs the upstream its connection."""
     lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session()
@@ -41,7 +40,7 @@ def test_malformed(lab: Lab, witness: Session, make: Callable[[Request], bytes])
     lab.fake.wait_end(1)
 
 
-UNKNOWN = {
+UNKNOWN: dict[str, Make] = {
     "short": lambda got: error(got, 0x8003, struct.pack(">IH", 5, 0)),
     "with_text": lambda got: error(got, 0xFFFF, struct.pack(">IH", 5, 4) + b"text"),
     "with_more": lambda got: error(got, 0x9999, struct.pack(">IH", 5, 4) + b"text" + bytes(99)),
@@ -56,7 +55,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("make", UNKNOWN.values(), ids=UNKNOWN.keys())
-def test_unknown_error_types_are_just_errors(lab: Lab, make: Callable[[Request], bytes]) -> None:
+def test_unknown_error_types_are_just_errors(lab: Lab, make: Make) -> None:
     """P:1935: the reply failed, and on it goes."""
     lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session()

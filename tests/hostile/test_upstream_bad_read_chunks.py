@@ -6,12 +6,11 @@ What was already passed on stands; the reply ends in an error, and a success nev
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import pytest
 
 from tests.hostile.conftest import Lab
-from tests.hostile.scripts import Answering
+from tests.hostile.scripts import Answering, Make
 from tests.hostile.session import Session
 from tests.support.fake_upstream import (
     DONE,
@@ -37,7 +36,7 @@ def announced(got: Request, kind: int, length: int, body: bytes) -> bytes:
     return CHUNK.pack(CHUNK_MAGIC, DONE, kind, got.cookie, length) + body
 
 
-BAD: dict[str, Callable[[Request], bytes]] = {
+BAD: dict[str, Make] = {
     "before": lambda got: data(got, -512, 512) + none_chunk(got.cookie),
     "wholly_before": lambda got: data(got, -512, 0) + none_chunk(got.cookie),
     "behind": lambda got: data(got, LENGTH - 512, LENGTH + 512) + none_chunk(got.cookie),
@@ -82,7 +81,7 @@ BAD: dict[str, Callable[[Request], bytes]] = {
 
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD.keys())
-def test_no_success(lab: Lab, witness: Session, make: Callable[[Request], bytes]) -> None:
+def test_no_success(lab: Lab, witness: Session, make: Make) -> None:
     lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session(contexts=[b"base:allocation"])
     lab.forget_peak()
@@ -94,9 +93,7 @@ def test_no_success(lab: Lab, witness: Session, make: Callable[[Request], bytes]
 
 
 @pytest.mark.parametrize("make", [BAD["wholly_behind"], BAD["unknown_type"], BAD["nothing"]])
-def test_with_others_outstanding(
-    lab: Lab, witness: Session, make: Callable[[Request], bytes]
-) -> None:
+def test_with_others_outstanding(lab: Lab, witness: Session, make: Make) -> None:
     """Requests of the same client that wait behind the bad reply are told, too."""
     lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session()
@@ -116,7 +113,7 @@ def test_fragments_in_spite_of_df(lab: Lab, witness: Session) -> None:
     session.lost()
 
 
-LEGAL: dict[str, Callable[[Request], bytes]] = {
+LEGAL: dict[str, Make] = {
     "two_chunks": lambda got: good(got, 0, 2048) + good(got, 2048, LENGTH, DONE),
     "out_of_order": lambda got: good(got, 100, LENGTH) + good(got, 0, 100, DONE),
     "then_none": lambda got: good(got, 0, LENGTH) + none_chunk(got.cookie),
@@ -133,7 +130,7 @@ def good(got: Request, low: int, high: int, flags: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("make", LEGAL.values(), ids=LEGAL.keys())
-def test_odd_but_legal(lab: Lab, make: Callable[[Request], bytes]) -> None:
+def test_odd_but_legal(lab: Lab, make: Make) -> None:
     lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session()
     for _ in range(3):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hostile.conftest import Lab
-from tests.hostile.scripts import Answering
+from tests.hostile.scripts import Answering, Make
 from tests.hostile.session import GONE, Session
 from tests.support.fake_upstream import (
     DONE,
@@ -22,7 +22,7 @@ from tests.support.fake_upstream import (
 )
 from tests.support.rawclient import Cmd, Opt, Request, info_data, parse_export
 
-STRUCTURED = {
+STRUCTURED: dict[str, Make] = {
     "simple": lambda got: simple(got.cookie ^ 1 << 40),
     "simple_error": lambda got: simple(got.cookie ^ 1 << 40, 5),
     "data": lambda got: data_chunk(got.cookie ^ 1 << 40, 0, pattern(0, 512), flags=DONE),
@@ -31,7 +31,7 @@ STRUCTURED = {
     "cookie_0": lambda got: none_chunk(0),
     "cookie_2^64-1": lambda got: none_chunk((1 << 64) - 1),
 }
-SIMPLE = {
+SIMPLE: dict[str, Make] = {
     "with_data": lambda got: simple(got.cookie ^ 1 << 40, 0, pattern(0, 512)),
     "error": lambda got: simple(got.cookie ^ 1 << 40, 5),
     "cookie_0": lambda got: simple(0),
@@ -40,8 +40,8 @@ SIMPLE = {
 
 
 @pytest.mark.parametrize("make", STRUCTURED.values(), ids=STRUCTURED.keys())
-def test_structured(lab: Lab, witness: Session, make: object) -> None:
-    lab.fake.script = Answering(Cmd.READ, make)  # type: ignore[arg-type]
+def test_structured(lab: Lab, witness: Session, make: Make) -> None:
+    lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session()
     session.submit(Cmd.READ, 0, 512)
     session.lost()
@@ -49,8 +49,8 @@ def test_structured(lab: Lab, witness: Session, make: object) -> None:
 
 
 @pytest.mark.parametrize("make", SIMPLE.values(), ids=SIMPLE.keys())
-def test_simple(lab: Lab, witness: Session, make: object) -> None:
-    lab.fake.script = Answering(Cmd.READ, make)  # type: ignore[arg-type]
+def test_simple(lab: Lab, witness: Session, make: Make) -> None:
+    lab.fake.script = Answering(Cmd.READ, make)
     session = lab.session(structured=False)
     session.submit(Cmd.READ, 0, 512)
     session.lost()

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from tests.hostile.conftest import Lab
-from tests.hostile.scripts import Answering
+from tests.hostile.scripts import Answering, Make
 from tests.hostile.session import Session
 from tests.support.fake_upstream import (
     DONE,
@@ -20,7 +20,7 @@ from tests.support.fake_upstream import (
 )
 from tests.support.rawclient import Cmd, Ct
 
-STRUCTURED = {
+STRUCTURED: dict[str, tuple[Cmd, Make]] = {
     "simple_with_data": (Cmd.READ, lambda got: simple(got.cookie, 0, pattern(0, 512))),
     "simple_without_data": (Cmd.READ, lambda got: simple(got.cookie)),
     "simple_error": (Cmd.READ, lambda got: simple(got.cookie, 5)),
@@ -34,7 +34,7 @@ STRUCTURED = {
         lambda got: chunk(got.cookie, Ct.BLOCK_STATUS, struct.pack(">III", 0x1001, 512, 0)),
     ),
 }
-SIMPLE = {
+SIMPLE: dict[str, tuple[Cmd, Make]] = {
     "data_chunk": (
         Cmd.READ,
         lambda got: data_chunk(got.cookie, got.offset, pattern(got.offset, 512), flags=DONE),
@@ -46,14 +46,14 @@ SIMPLE = {
 
 
 @pytest.mark.parametrize(("cmd", "make"), STRUCTURED.values(), ids=STRUCTURED.keys())
-def test_under_structured_replies(lab: Lab, witness: Session, cmd: Cmd, make: object) -> None:
-    lab.fake.script = Answering(cmd, make)  # type: ignore[arg-type]
+def test_under_structured_replies(lab: Lab, witness: Session, cmd: Cmd, make: Make) -> None:
+    lab.fake.script = Answering(cmd, make)
     provoke(lab, lab.session(contexts=[b"base:allocation"]), cmd)
 
 
 @pytest.mark.parametrize(("cmd", "make"), SIMPLE.values(), ids=SIMPLE.keys())
-def test_under_simple_replies(lab: Lab, witness: Session, cmd: Cmd, make: object) -> None:
-    lab.fake.script = Answering(cmd, make)  # type: ignore[arg-type]
+def test_under_simple_replies(lab: Lab, witness: Session, cmd: Cmd, make: Make) -> None:
+    lab.fake.script = Answering(cmd, make)
     provoke(lab, lab.session(structured=False), cmd)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.bench import MIB, Bench, Front
-from tests.support.peers import check, nbdsh, run, start_nbdsh, wait_until
+from tests.support.peers import check, find, nbdsh, run, start_nbdsh, wait_until
 
 SLOW = (
     "eval",
@@ -123,7 +123,7 @@ def test_copy_with_the_upstream_killed(bench: Bench, pictures: tuple[Path, Path]
     )
     front = bench.gateway(server)
     with subprocess.Popen(
-        ["nbdcopy", picture, front.client().uri],
+        [find("nbdcopy"), picture, front.client().uri],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -136,7 +136,7 @@ def refusal(error: ssl.SSLError) -> TLSRefused:
     if isinstance(error, ssl.SSLCertVerificationError):
         fallback = ("bad_certificate", f"its certificate is refused: {error.verify_message}")
         return TLSRefused(*_VERIFY.get(error.verify_code, fallback))
-    if isinstance(error, ssl.SSLEOFError):
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return TLSRefused(*_REASONS["UNEXPECTED_EOF_WHILE_READING"])
     reason = error.reason or ""
     if reason in _REASONS:

@@ -10,6 +10,7 @@ from gateway.nbd.haggling import ExportPolicy, Haggling
 from gateway.nbd.negotiation import (
     MAX_OPTION_DATA,
     MAX_OPTION_SKIP,
+    MAX_OPTIONS,
     Ask,
     Close,
     EnterTransmission,
@@ -81,6 +82,14 @@ def test_option_beyond_the_skip_limit_ends_the_session() -> None:
 def test_wrong_option_magic_ends_the_session() -> None:
     with pytest.raises(PeerError, match=r"^client: option magic"):
         say([b"IHAVEOPX" + option(Opt.LIST)[8:]])
+
+
+def test_options_are_many_but_not_without_end() -> None:
+    front = Front()
+    for _ in range(MAX_OPTIONS):
+        assert front.say(option(99)) == [Reply(99, Rep.ERR_UNSUP)]
+    with pytest.raises(PeerError, match="too many options"):
+        front.say(option(99))
 
 
 def test_pipelined_options_are_answered_in_order() -> None:

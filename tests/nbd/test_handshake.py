@@ -358,7 +358,9 @@ def test_export_size_that_is_a_negative_offset_is_refused_in_every_style(size: i
         Handshake().receive(oldstyle(size))
 
 
-@pytest.mark.parametrize("data", [b"", b"\0\0\0", b"\0\0\0\1\0", b"\0\0\0\1\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0\0\0", *(b"\0\0\0\1" + one for one in (b"a:\0", b"\xff:", b"", b"a", b":a"))]
+)
 def test_context_that_is_malformed(data: bytes) -> None:
     raw = option_reply(Opt.SET_META_CONTEXT, Rep.META_CONTEXT, data)
     fault(lambda m: m.set_meta_context("", ()), raw + option_reply(Opt.SET_META_CONTEXT, Rep.ACK))

@@ -104,23 +104,12 @@ def test_payload_that_was_promised_cannot_be_taken_back() -> None:
             assert relay.lose_upstream() is told
 
 
-def test_final_chunk_that_has_begun_cannot_be_taken_back() -> None:
-    """(X7): DONE said that no error can come any more."""
-    reply = data_chunk(1, 0, b"abcd", flags=DONE)
-    for at in range(len(reply) + 1):
-        relay = Walker(STRUCTURED).requests([read(0, 4, 5)]).replies([reply[:at]])
-        assert relay.lose_upstream() is (at < 28 or at == len(reply))
-        if at < 28:
-            assert verdicts(relay.client) == [(5, GONE)]
-        else:
-            assert relay.client == data_chunk(5, 0, b"abcd", flags=DONE)[:at]
-
-
-def test_chunk_that_has_begun_is_filled_up_and_an_error_follows() -> None:
-    """(X7) "it MUST use padding bytes which SHOULD be zero"."""
-    reply = data_chunk(1, 0, b"abcd")
+@pytest.mark.parametrize(("length", "flags"), [(8, 0), (4, DONE)])
+def test_chunk_that_has_begun_is_filled_up_and_an_error_follows(length: int, flags: int) -> None:
+    """(X7) "it MUST use padding bytes which SHOULD be zero": also where it was to be the last."""
+    reply = data_chunk(1, 0, b"abcd", flags=flags)
     for at in range(28, len(reply)):
-        relay = Walker(STRUCTURED).requests([read(0, 8, 5)]).replies([reply[:at]])
+        relay = Walker(STRUCTURED).requests([read(0, length, 5)]).replies([reply[:at]])
         assert relay.machine.mid_reply
         assert relay.lose_upstream()
         assert not relay.machine.mid_reply

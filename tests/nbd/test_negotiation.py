@@ -11,6 +11,7 @@ from gateway.nbd.constants import Opt, Rep
 from gateway.nbd.haggling import ExportPolicy, Haggling
 from gateway.nbd.negotiation import (
     MAX_OPTION_SKIP,
+    MAX_PLAIN_OPTIONS,
     Close,
     Effect,
     Greeted,
@@ -52,6 +53,13 @@ SOME_OPTIONS = {
 def haggle(*pieces: bytes) -> list[Effect]:
     machine = PlainHaggling()
     return [effect for piece in pieces for effect in machine.receive(piece)]
+
+
+def collect(options: Options, pieces: list[bytes], found: list[Option]) -> None:
+    for piece in pieces:
+        options.inbox.append(piece)
+        while (one := options.next()) is not None:
+            found.append(one)
 
 
 # -- the greeting
@@ -243,12 +251,25 @@ def test_no_option_data_is_stored_before_tls() -> None:
 
 def test_options_up_to_the_limit_keep_their_data_and_longer_ones_do_not() -> None:
     for pieces in all_cuts(option(7, b"1234") + option(8, b"12345") + option(9)):
-        options, found = Options(max_data=4), []
-        for piece in pieces:
-            options.inbox.append(piece)
-            while (one := options.next()) is not None:
-                found.append(one)
+        found: list[Option] = []
+        collect(Options(max_data=4, max_options=3), pieces, found)
         assert found == [Option(7, 4, b"1234"), Option(8, 5, b""), Option(9, 0, b"")]
+
+
+def test_options_are_bounded_in_number() -> None:
+    """(H12): a server may cut off what it believes to be a denial of service."""
+    for pieces in all_cuts(option(1) + option(2, b"data") + option(3)):
+        found: list[Option] = []
+        with pytest.raises(PeerError, match="too many options"):
+            collect(Options(max_data=4, max_options=2), pieces, found)
+        assert [one.number for one in found] == [1, 2]
+
+
+def test_options_before_tls_are_few() -> None:
+    machine = PlainHaggling()
+    assert len(machine.receive(option(Opt.LIST) * MAX_PLAIN_OPTIONS)) == MAX_PLAIN_OPTIONS
+    with pytest.raises(PeerError, match="too many options"):
+        machine.receive(option(Opt.STARTTLS))
 
 
 def test_refusal_echoes_the_option_and_is_one_write() -> None:

@@ -24,6 +24,7 @@ from tests.nbd.answers import (
     asked,
     fault,
     passes,
+    seen_by_client,
     swap_cookie,
 )
 from tests.nbd.support import (
@@ -42,7 +43,7 @@ from tests.nbd.support import (
     status_chunk,
     terms,
 )
-from tests.nbd.walker import Walker
+from tests.nbd.walker import Walker, parse_replies, verdicts
 
 OTHERS = [Req(Cmd.TRIM, 1000, 8), Req(Cmd.CACHE, 1000, 8), Req(Cmd.WRITE, 1000, 4, 0, 0, b"data")]
 
@@ -193,7 +194,7 @@ def test_block_status_may_fail_halfway() -> None:
 def test_largest_block_status_there_is_passes_whole() -> None:
     given = terms(structured=True, contexts=(MetaContext(7, "base:allocation"),))
     raw = status_chunk(OURS, 7, [(1, 0)] * MAX_EXTENTS, flags=DONE)
-    relay = asked(STATUS, given).replies([raw[:100]])
+    relay = asked(STATUS._replace(length=MAX_EXTENTS), given).replies([raw[:100]])
     assert relay.machine.wanted == len(raw)
     assert not relay.client
     assert not relay.machine.mid_reply
@@ -232,7 +233,54 @@ def test_flags_that_were_not_negotiated_are_taken_off_a_chunk() -> None:
         dirty = CHUNK.pack(magic, flags | 0xFFFE, *rest) + raw[CHUNK.size :]
         one = FLUSH if raw == none_chunk(OURS) else READ
         for pieces in all_cuts(dirty):
-            assert asked(one).replies(pieces).client == clean
+            assert seen_by_client(asked(one).replies(pieces).client) == seen_by_client(clean)
+
+
+def test_last_data_that_is_not_there_in_full_is_not_yet_the_last() -> None:
+    """(X7) "MUST NOT do so for a content chunk if it would still be possible to detect an error":
+    the upstream may still fail, so DONE follows in a message of its own.
+    """
+    raw = data_chunk(OURS, 1000, DATA, flags=DONE)
+    for at in range(28, len(raw)):
+        relay = asked(READ).replies([raw[:at]])
+        assert relay.client == data_chunk(THEIRS, 1000, DATA)[:at]
+        assert not relay.machine.idle
+        relay.replies([raw[at:]])
+        assert relay.client == data_chunk(THEIRS, 1000, DATA) + none_chunk(THEIRS)
+        assert relay.machine.idle
+
+
+def test_last_data_of_several_chunks_is_not_the_last_either_until_it_is_there() -> None:
+    first, last = data_chunk(OURS, 1004, b"4567"), data_chunk(OURS, 1000, b"0123", flags=DONE)
+    relay = asked(READ).replies([first + last[:-1]])
+    assert not relay.machine.idle
+    relay.replies([last[-1:] + none_chunk(OURS)])
+    assert [one.final for one in parse_replies(bytes(relay.client))] == [False, False, True]
+    assert relay.machine.upstream_fault, "the second DONE is a reply that nobody waits for"
+
+
+def test_what_comes_behind_data_that_was_cut_is_read_in_a_second_call() -> None:
+    """The `trailer` goes between the two."""
+    machine = Transmission(STRUCTURED)
+    buffer = bytearray(Req(Cmd.READ, 0, 4, 8).pack() + Req(Cmd.FLUSH, cookie=9).pack())
+    machine.requests(buffer, 0, len(buffer))
+    buffer = bytearray(data_chunk(1, 0, b"abcd", flags=DONE) + simple(2))
+    assert machine.replies(buffer, 0, 30) == 30
+    assert machine.trailer == b""
+    assert machine.replies(buffer, 30, 48) == 32
+    assert machine.trailer == none_chunk(8)
+    assert machine.replies(buffer, 32, 48) == 48
+    assert machine.trailer == b""
+    assert buffer[32:] == simple(9)
+
+
+def test_read_in_many_pieces_from_its_end_to_its_start() -> None:
+    """(X7): "MAY send the content chunks in any order"."""
+    relay = Walker(STRUCTURED).requests([Req(Cmd.READ, 0, 5000, 9).pack()])
+    raw = b"".join(hole_chunk(1, offset, 1) for offset in reversed(range(5000)))
+    relay.replies([raw, none_chunk(1)])
+    assert relay.machine.upstream_fault is None
+    assert relay.machine.idle
 
 
 # -- errors (E1)
@@ -280,12 +328,70 @@ def test_other_errors_are_told_as_legal_ones(error: int, told: int) -> None:
             assert asked(one, given).replies(pieces).client == clean
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (b"disk on fire", b"disk on fire"),
+        ("Gerät weg \N{SNOWMAN}".encode(), "Gerät weg \N{SNOWMAN}".encode()),
+        (b"\x1b[31mred\n", b"?[31mred?"),
+        (b"a\0b", b"a?b"),
+        (b"Ger\xe4t", b"Ger?t"),
+        (b"\xc3\xa4\x07", b"???"),
+    ],
+)
+def test_error_text_is_fit_for_display(text: bytes, shown: bytes) -> None:
+    """(H13): of the same length, so that nothing moves."""
+    for offset in (None, 1003):
+        raw, clean = (
+            error_chunk(cookie, Error.EIO, one)
+            if offset is None
+            else error_offset_chunk(cookie, Error.EIO, offset, one)
+            for cookie, one in ((OURS, text), (THEIRS, shown))
+        )
+        for pieces in all_cuts(raw):
+            relay = asked(READ).replies(pieces)
+            assert relay.client == clean
+            assert relay.machine.idle
+
+
 @pytest.mark.parametrize("length", [0, 4096])
 def test_error_text_of_legal_length_passes(length: int) -> None:
     raw = error_chunk(OURS, Error.EIO, b"x" * length)
     relay = asked(READ).replies([raw[:50], raw[50:]])
     assert relay.client == swap_cookie(raw[:20]) + raw[20:]
     assert MAX_ERROR_DATA >= 6 + 4096 + 8
+
+
+# -- an upstream that shuts down
+
+
+@pytest.mark.parametrize("given", [SIMPLE, STRUCTURED])
+@pytest.mark.parametrize("style", ["simple", "structured"])
+def test_eshutdown_of_the_upstream_is_the_beginning_of_its_end(given: Terms, style: str) -> None:
+    """(U6): stop sending, pass it on, let what is in flight go on to its end."""
+    if style == "structured" and given is SIMPLE:
+        return
+    raw = simple(2, Error.ESHUTDOWN) if style == "simple" else error_chunk(2, Error.ESHUTDOWN)
+    for pieces in all_cuts(raw):
+        relay = Walker(given)
+        relay.requests([Req(Cmd.FLUSH, cookie=8).pack() + Req(Cmd.FLUSH, cookie=9).pack()])
+        assert not relay.machine.upstream_ends
+        relay.replies(pieces)
+        assert relay.machine.upstream_ends
+        assert relay.machine.in_flight == 1
+        assert relay.client == raw.replace(struct.pack(">Q", 2), struct.pack(">Q", 9))
+        relay.client.clear()
+        relay.requests([Req(Cmd.READ, 0, 1, 10).pack()])
+        assert verdicts(relay.client) == [(10, Error.ESHUTDOWN)]
+        assert len(relay.forwarded) == 2
+        relay.client.clear()
+        assert relay.replies([simple(1)]).client == simple(8)
+
+
+@pytest.mark.parametrize("error", [one for one in Error if one != Error.ESHUTDOWN])
+def test_other_errors_end_nothing(error: int) -> None:
+    assert not asked(FLUSH).replies([simple(OURS, error)]).machine.upstream_ends
+    assert not asked(FLUSH).replies([error_chunk(OURS, error)]).machine.upstream_ends
 
 
 # -- memory

@@ -244,7 +244,6 @@ class Client:
 
 def run(
     *argv: str | Path,
-    input: str | None = None,
     timeout_s: float = CLIENT_S,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -252,8 +251,7 @@ def run(
     command = [find(argv[0]), *map(str, argv[1:])]
     return subprocess.run(
         command,
-        input=input,
-        stdin=subprocess.DEVNULL if input is None else None,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",

@@ -107,12 +107,14 @@ class Relay:
         self._end = SessionEnd.SHUTDOWN
         self.detail = ""
         self._shutting_down = False
+        self._left = False
 
     async def run(self, first: bytes = b"") -> SessionEnd:
         """Serve until the client disconnects, a side fails, or `shutdown` has done its work.
 
         `first` are bytes of the client that came behind its last option. The upstream is sent
-        NBD_CMD_DISC if it is at a message boundary. Why a side failed is in `detail`.
+        NBD_CMD_DISC if it is at a message boundary; close the client and call
+        `let_upstream_finish` before you close the upstream. Why a side failed is in `detail`.
         proto.md, "Terminating the transmission phase".
         """
         requests, replies = _Stream(self._client, first), _Stream(self._upstream)
@@ -294,10 +296,27 @@ class Relay:
     # -- the end
 
     async def _take_leave(self) -> None:
+        """The last thing that the upstream hears of us: NBD_CMD_DISC, or EOF in mid-message."""
+        if self._upstream_gone.is_set() or self._left:
+            return
+        self._left = True
         if not self._upstream_clean or self._transmission.mid_request:
-            return  # anything more would be taken for data
+            self._upstream.end_writing()  # anything more would be taken for data
+            return
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_TIMEOUT_S, shield=True):
             try:
                 await self._upstream.send_all(self._transmission.disconnect_request())
             except ChannelClosed:
                 pass  # it went first
+
+    async def let_upstream_finish(self) -> None:
+        """After `run`: take what the upstream still answers to a client that is gone.
+
+        Some servers do not survive a connection that is closed under their replies (nbdkit before
+        1.34 aborts, and all its clients with it). To its end of the connection, or DISC_TIMEOUT_S.
+        """
+        if self._upstream_gone.is_set() or self._transmission.idle:
+            return
+        with trio.move_on_after(DISC_TIMEOUT_S), contextlib.suppress(ChannelClosed):
+            while await self._upstream.receive():
+                pass

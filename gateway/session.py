@@ -119,10 +119,8 @@ class Session:
             end = SessionEnd.BUG
             self._log.exception("bug: dropping this client only")
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
-                await self._upstream.aclose()
-                await self._channel.aclose()
-            self._channel.close()
+            await self._close_client()
+            await self._upstream.aclose()  # its own deadline
             self._log_end(end, detail, trio.current_time() - started)
 
     def shutdown(self) -> None:
@@ -245,7 +243,14 @@ class Session:
         if self._shutting_down:
             self._relay.shutdown()
         end = await self._relay.run(agreed.rest)
+        await self._close_client()
+        await self._relay.let_upstream_finish()
         return end, self._relay.detail
+
+    async def _close_client(self) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
+            await self._channel.aclose()
+        self._channel.close()
 
     def _log_end(self, end: SessionEnd, detail: str, seconds: float) -> None:
         level = logging.DEBUG if end in _QUIET_ENDS else logging.INFO

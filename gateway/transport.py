@@ -9,6 +9,7 @@ One task reads a channel, one task writes it; they may be two.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -98,12 +99,15 @@ class Channel:
 
     # -- ending
 
+    def end_writing(self) -> None:
+        """Send EOF. Reading goes on. Not for TLS. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def shutdown(self) -> None:
         """Wake a reader with EOF, behind what has arrived already. Idempotent."""
-        try:
+        with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
 
     async def aclose(self) -> None:
         """Close so that what was sent last still arrives: wait (LINGER_S at most) for the peer.
@@ -150,6 +154,8 @@ class Channel:
         cancellation the new owner is closed, after the alert had its chance to arrive.
         """
         try:
+            # Gone already? Then `wrap_socket` would fail with the socket half handed over.
+            self._sock.getpeername()
             wrapped = context.wrap_socket(
                 self._sock,
                 server_side=server_side,
@@ -224,7 +230,8 @@ class TLSChannel(Channel):
         except ssl.SSLWantReadError:
             self._drained = True
         except ssl.SSLWantWriteError:
-            # A key update that OpenSSL wants to answer. It does so with our next write.
+            # A key update that OpenSSL wants to answer. It does so with our next write. (While one
+            # of our writes is half done, OpenSSL 3.0 gives up instead, and the session ends.)
             self._drained = True
         except ssl.SSLEOFError:
             self.eof = self.truncated = True

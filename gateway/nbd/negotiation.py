@@ -155,7 +155,7 @@ class Options:
             self._to_skip -= self.inbox.skip(self._to_skip)
             if self._to_skip:
                 return None
-        elif self._length <= self._max_data:
+        else:
             if (taken := self.inbox.take(self._length)) is None:
                 return None
             data = taken

@@ -122,14 +122,26 @@ class ChunkedReply:
             after < len(self._starts) and self._starts[after] < stop
         ):
             raise PeerError("upstream", f"data at {offset}+{count} for the second time")
-        if len(self._starts) >= _MAX_RUNS:
-            raise PeerError("upstream", "a read's reply in too many pieces out of order")
         self._covered += count
-        if after and self._stops[after - 1] == offset:
-            self._stops[after - 1] = stop
+        self._join(after, offset, stop)
+
+    def _join(self, after: int, start: int, stop: int) -> None:
+        """Add a run in front of the run with index `after`. Runs that touch become one."""
+        starts, stops = self._starts, self._stops
+        joins_before = after > 0 and stops[after - 1] == start
+        joins_behind = after < len(starts) and starts[after] == stop
+        if joins_before and joins_behind:
+            stops[after - 1] = stops.pop(after)
+            del starts[after]
+        elif joins_before:
+            stops[after - 1] = stop
+        elif joins_behind:
+            starts[after] = start
         else:
-            self._starts.insert(after, offset)
-            self._stops.insert(after, stop)
+            if len(starts) == _MAX_RUNS:
+                raise PeerError("upstream", "a read's reply in too many pieces out of order")
+            starts.insert(after, start)
+            stops.insert(after, stop)
 
     def status(self, buffer: bytearray, at: int, length: int) -> None:
         """NBD_REPLY_TYPE_BLOCK_STATUS: `length` bytes at `buffer[at:]`, of a legal length."""

@@ -1,4 +1,4 @@
-"""Many more connects than the limit allows at once (nbd issue 126: the count never went down)."""
+"""Many more connects than the limit allows at once: the count must go down again."""
 
 from __future__ import annotations
 

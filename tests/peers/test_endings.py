@@ -262,3 +262,25 @@ def test_sigterm_cuts_what_outlasts_the_drain_timeout(bench: Bench) -> None:
         output, errors = client.communicate(timeout=60)
         assert front.gateway.wait() == 1, front.gateway.log()
     assert output in ('{"read": "ESHUTDOWN"}\n', '{"read": "ENOTCONN"}\n'), errors
+
+
+def test_many_reads_and_the_client_gone(bench: Bench) -> None:
+    """nbdkit 1.32 aborts when a connection is closed under its replies; so none ever is."""
+    front = bench.gateway(bench.nbdkit("memory", "64M"))
+    script = """
+    h = connect()
+    for number in range(20):
+        h.aio_pread(nbd.Buffer(1 << 20), number << 20)
+    report(asked=True)
+    os.kill(os.getpid(), 9)
+    """
+    witness = """
+    h = connect()
+    h.pwrite(b"here", 0)
+    report(read=bytes(h.pread(4, 0)).decode())
+    """
+    for _ in range(5):
+        with start_nbdsh(script, front.client()) as process:
+            process.wait(timeout=30)
+        front.gateway.wait_log(": closed: ")
+        assert nbdsh(witness, front.client())["read"] == "here"

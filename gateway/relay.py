@@ -22,6 +22,7 @@ _SMALL: Final = 64  # leftovers up to here are copied out, so that their buffer 
 
 DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
 LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay that has been told NBD_ESHUTDOWN
+FINISH_TIMEOUT_S: Final = 5.0  # for what the upstream still sends to a client that is gone
 LAST_WORD_TIMEOUT_S: Final = 1.0  # for NBD_CMD_DISC to the upstream
 
 _free_buffers: list[bytearray] = []
@@ -313,10 +314,10 @@ class Relay:
         """After `run`: take what the upstream still answers to a client that is gone.
 
         Some servers do not survive a connection that is closed under their replies (nbdkit before
-        1.34 aborts, and all its clients with it). To its end of the connection, or DISC_TIMEOUT_S.
+        1.34 aborts, and all its clients with it). To its end of the connection, or FINISH_TIMEOUT_S.
         """
         if self._upstream_gone.is_set() or self._transmission.idle:
             return
-        with trio.move_on_after(DISC_TIMEOUT_S), contextlib.suppress(ChannelClosed):
+        with trio.move_on_after(FINISH_TIMEOUT_S), contextlib.suppress(ChannelClosed):
             while await self._upstream.receive():
                 pass

@@ -140,11 +140,13 @@ class Upstream:
             return granted if name == question.name else Refused(Rep.ERR_UNKNOWN)
         style = self._handshake.style
         if style is Style.FIXED_NEWSTYLE:
-            # Always asked for, since the gateway has to keep to it ("it MUST abide by the size
-            # constraints it receives") whether or not the client knows them.
-            infos = tuple(dict.fromkeys((*question.infos, Info.BLOCK_SIZE)))
             option = self._handshake.go if question.go else self._handshake.info
-            answer = await self._exchange(option(question.name, infos))
+            answer = await self._exchange(option(question.name, question.infos))
+            if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD:
+                # Only now: to ask is to promise to "abide by the size constraints", and a client
+                # that did not ask may be served in smaller blocks by a server that rounds.
+                infos = (*question.infos, Info.BLOCK_SIZE)
+                answer = await self._exchange(option(question.name, infos))
             if isinstance(answer, Granted) and question.go:
                 self._opened = (question.name, answer)
             if not (isinstance(answer, Refused) and answer.kind == Rep.ERR_UNSUP):

@@ -114,7 +114,6 @@ class Haggling:
         self._options = Options(MAX_OPTION_DATA, MAX_OPTIONS)
         self._asked: Option | None = None  # the option that waits for the upstream
         self._asked_name = ""  # the export name in it, as the client spelt it
-        self._asked_infos: tuple[int, ...] = ()
         self._structured = False
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_name: str | None = None  # the name they were selected for
@@ -211,7 +210,7 @@ class Haggling:
 
     def _open(self, message: Option, name: str, infos: tuple[int, ...]) -> list[Effect]:
         upstream_name = self._policy.upstream_name(name)
-        self._asked_name, self._asked_infos = name, infos
+        self._asked_name = name
         if upstream_name is None:
             return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
         return self._ask(message, Open(upstream_name, infos, go=message.number != Opt.INFO))
@@ -303,13 +302,14 @@ class Haggling:
         return effects
 
     def _info_replies(self, message: Option, export: Granted) -> list[bytes]:
-        """NBD_REP_INFO for what was asked, in a fixed order, then ACK: GO repeats INFO."""
+        """All that the upstream said, in a fixed order, then ACK: GO repeats INFO.
+
+        The upstream was asked what the client asked; what it volunteers is for the client as well.
+        """
         infos = [pack_info_export(export.size, export.flags)]
-        if Info.BLOCK_SIZE in self._asked_infos and export.block_sizes is not None:
+        if export.block_sizes is not None:
             infos.append(pack_info_block_size(export.block_sizes))
         for kind, data in export.infos:
-            if kind not in self._asked_infos:
-                continue
             if kind == Info.NAME and self._policy.name is not None:
                 data = pack_info_text(Info.NAME, self._policy.name)
             infos.append(data)

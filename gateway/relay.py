@@ -313,8 +313,8 @@ class Relay:
     async def let_upstream_finish(self) -> None:
         """After `run`: take what the upstream still answers to a client that is gone.
 
-        Some servers do not survive a connection that is closed under their replies (nbdkit before
-        1.34 aborts, and all its clients with it). To its end of the connection, or FINISH_TIMEOUT_S.
+        Some servers do not survive a connection that is closed under their replies: nbdkit 1.32
+        aborts, and all its clients with it. Ends with the connection, or after FINISH_TIMEOUT_S.
         """
         if self._upstream_gone.is_set() or self._transmission.idle:
             return

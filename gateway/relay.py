@@ -232,7 +232,7 @@ class Relay:
                 if transmission.upstream_fault:
                     self.detail = transmission.upstream_fault.what
                     break
-                if transmission.upstream_ends and not transmission.in_flight:
+                if transmission.upstream_ends and transmission.idle:
                     self.detail = "it is shutting down"
                     await self._take_leave()
                     break

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gateway.errors import SettingsError
+from gateway.nbd.constants import MAX_STRING
 
 DEFAULT_PORT: Final = 10809  # IANA's, proto.md, "Newstyle negotiation"
 MAX_SOCKET_PATH: Final = 107  # bytes in sockaddr_un, less the final NUL
@@ -66,7 +67,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
-        if self.export is not None and (len(self.export.encode()) > 4096 or "\0" in self.export):
+        try:
+            name = (self.export or "").encode()
+        except UnicodeEncodeError:
+            raise SettingsError("--export: an export's name is UTF-8, and this is not") from None
+        if len(name) > MAX_STRING or b"\0" in name:
             raise SettingsError("--export: an export's name has at most 4096 bytes and no NUL")
 
 
@@ -93,10 +98,15 @@ def parse_listen(text: str) -> Listen:
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-        _check_v6(host, text)
-    elif ":" in host:
+        if not _is_v6(host):
+            raise SettingsError(f"--listen {text}: {host!r} is not an IPv6 address")
+    elif _is_v6(host):
         raise SettingsError(f"--listen {text}: an IPv6 address goes in brackets: [{host}]:{port}")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+    elif ":" in host or "[" in host:
+        colon = ""
+    if not colon or not (
+        port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16
+    ):
         raise SettingsError(
             f"--listen {text}: not an address: "
             "use HOST:PORT, :PORT, [V6]:PORT, unix:PATH or systemd"
@@ -104,11 +114,12 @@ def parse_listen(text: str) -> Listen:
     return ListenTCP(host or None, int(port))
 
 
-def _check_v6(host: str, text: str) -> None:
+def _is_v6(host: str) -> bool:
     try:
         ipaddress.IPv6Address(host.partition("%")[0])
     except ValueError:
-        raise SettingsError(f"--listen {text}: {host!r} is not an IPv6 address") from None
+        return False
+    return True
 
 
 def tls_files(directory: Path, *, anonymous: bool, minimum: Literal["1.2", "1.3"]) -> TLSSettings:

@@ -213,7 +213,8 @@ class Haggling:
         self._asked_name = name
         if upstream_name is None:
             return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
-        return self._ask(message, Open(upstream_name, infos, go=message.number != Opt.INFO))
+        once = tuple(dict.fromkeys(infos))  # "MUST NOT include any ... more than once", we neither
+        return self._ask(message, Open(upstream_name, once, go=message.number != Opt.INFO))
 
     def _query_contexts(self, message: Option) -> list[Effect]:
         select = message.number == Opt.SET_META_CONTEXT

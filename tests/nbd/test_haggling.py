@@ -237,6 +237,18 @@ def test_name_of_legal_length_goes_to_the_upstream(name: str) -> None:
     assert front.terms.export == name
 
 
+@pytest.mark.parametrize("number", [Opt.INFO, Opt.GO])
+def test_info_that_is_asked_for_twice_is_asked_of_the_upstream_once_at_most(number: int) -> None:
+    """ "The client MUST NOT include any information request in the list more than once", and
+    towards the upstream that client is the gateway.
+    """
+    front = Front()
+    front.say(option(number, info_data("", (3, 1, 3, 3))))
+    for question in front.questions:
+        assert isinstance(question, Open)
+        assert len(set(question.infos)) == len(question.infos)
+
+
 def test_infos_are_asked_of_the_upstream_as_the_client_asked_them() -> None:
     front = Front()
     front.say(option(Opt.INFO, info_data("", (3, 99))) + option(Opt.GO, info_data("", (1,))))

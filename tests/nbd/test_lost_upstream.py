@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from gateway.nbd.constants import Chunk, Cmd, Error
+from gateway.nbd.pairing import Terms
 from gateway.nbd.wire import MetaContext
+from tests.nbd.answers import FLUSH, OURS, asked
 from tests.nbd.support import (
     DONE,
     MIB,
@@ -68,11 +72,11 @@ def test_nothing_in_flight_is_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize("given", [terms(), STRUCTURED])
-def test_write_on_its_way_is_answered_behind_its_payload(given: object) -> None:
+def test_write_on_its_way_is_answered_behind_its_payload(given: Terms) -> None:
     raw = write(0, b"abcd", 5)
     for at in range(28, len(raw)):
         for rest in all_cuts(raw[at:] + read(0, 1, 6)):
-            relay = Walker(given).requests([read(0, 1, 4), raw[:at]])  # type: ignore[arg-type]
+            relay = Walker(given).requests([read(0, 1, 4), raw[:at]])
             sent = bytes(relay.upstream)
             assert relay.lose_upstream()
             assert verdicts(relay.client) == [(4, GONE)]
@@ -170,3 +174,35 @@ def test_disc_after_the_loss_is_still_the_end() -> None:
     relay = Walker(terms())
     assert relay.lose_upstream()
     assert relay.requests([Req(Cmd.DISC).pack()]).machine.client_done
+
+
+# -- an upstream that shuts down
+
+
+@pytest.mark.parametrize("given", [terms(), STRUCTURED])
+@pytest.mark.parametrize("style", ["simple", "structured"])
+def test_eshutdown_of_the_upstream_is_the_beginning_of_its_end(given: Terms, style: str) -> None:
+    """(U6): stop sending, pass it on, let what is in flight go on to its end."""
+    if style == "structured" and not given.structured_replies:
+        return
+    raw = simple(2, Error.ESHUTDOWN) if style == "simple" else error_chunk(2, Error.ESHUTDOWN)
+    for pieces in all_cuts(raw):
+        relay = Walker(given)
+        relay.requests([Req(Cmd.FLUSH, cookie=8).pack() + Req(Cmd.FLUSH, cookie=9).pack()])
+        assert not relay.machine.upstream_ends
+        relay.replies(pieces)
+        assert relay.machine.upstream_ends
+        assert relay.machine.in_flight == 1
+        assert relay.client == raw.replace(struct.pack(">Q", 2), struct.pack(">Q", 9))
+        relay.client.clear()
+        relay.requests([Req(Cmd.READ, 0, 1, 10).pack()])
+        assert verdicts(relay.client) == [(10, Error.ESHUTDOWN)]
+        assert len(relay.forwarded) == 2
+        relay.client.clear()
+        assert relay.replies([simple(1)]).client == simple(8)
+
+
+@pytest.mark.parametrize("error", [one for one in Error if one != Error.ESHUTDOWN])
+def test_other_errors_end_nothing(error: int) -> None:
+    assert not asked(FLUSH).replies([simple(OURS, error)]).machine.upstream_ends
+    assert not asked(FLUSH).replies([error_chunk(OURS, error)]).machine.upstream_ends

@@ -144,27 +144,25 @@ def test_go_is_info_plus_transmission() -> None:
 
 
 @pytest.mark.parametrize("number", [Opt.INFO, Opt.GO])
-def test_export_info_comes_unasked_and_everything_else_only_when_asked(number: int) -> None:
-    """(H8): unknown information types are ignored."""
-    sizes = BlockSizes(512, 4096, MIB)
-    texts = {1: info_text(1, "canonical"), 2: info_text(2, "a disk")}
-    answer = Granted(MIB, NO_DF, sizes, ((2, texts[2]), (1, texts[1]), (77, b"\0\x4d?")))
+@pytest.mark.parametrize("asked", [(), (0,), (99,), (3,), (0, 1, 2, 3, 77)])
+def test_information_is_all_that_the_upstream_said(number: int, asked: tuple[int, ...]) -> None:
+    """(H8): it was asked what the client asked; the export comes first, and always."""
+    others = ((2, info_text(2, "a disk")), (1, info_text(1, "canonical")), (77, b"\0\x4d?"))
     export = info_export(MIB, NO_DF)
-    block_size = info_block_size(512, 4096, MIB)
-    for asked, told in [
-        ((), [export]),
-        ((0,), [export]),
-        ((99,), [export]),
-        ((3,), [export, block_size]),
-        ((2, 3), [export, block_size, texts[2]]),
-        ((1, 2), [export, texts[2], texts[1]]),
-        ((77,), [export, b"\0\x4d?"]),
+    for answer, told in [
+        (Granted(MIB, NO_DF), [export]),
+        (Granted(MIB, NO_DF, None, others), [export, *(data for _, data in others)]),
+        (
+            Granted(MIB, NO_DF, BlockSizes(512, 4096, MIB), others[:1]),
+            [export, info_block_size(512, 4096, MIB), others[0][1]],
+        ),
     ]:
-        said = opened(number, answer, asked, policy=ExportPolicy(None))
-        assert said[: len(told) + 1] == [
+        front = Front(answer, policy=ExportPolicy(None))
+        assert front.say(option(number, info_data("", asked)))[: len(told) + 1] == [
             *(Reply(number, Rep.INFO, one) for one in told),
             acked(number),
         ]
+        assert front.questions == [Open("", asked, go=number == Opt.GO)]
 
 
 def test_block_sizes_that_the_upstream_has_not_told_are_not_made_up() -> None:

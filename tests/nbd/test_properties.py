@@ -216,6 +216,7 @@ def test_greeting_of_an_upstream(greeting: bytes, behind: bytes, cuts: list[int]
         )
 
 
+@settings(max_examples=60)
 @given(st.data(), some.cuts)
 def test_answer_of_an_upstream(data: st.DataObject, cuts: list[int]) -> None:
     for number in some.QUESTIONS:

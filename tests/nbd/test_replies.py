@@ -43,7 +43,7 @@ from tests.nbd.support import (
     status_chunk,
     terms,
 )
-from tests.nbd.walker import Walker, parse_replies, verdicts
+from tests.nbd.walker import Walker, parse_replies
 
 OTHERS = [Req(Cmd.TRIM, 1000, 8), Req(Cmd.CACHE, 1000, 8), Req(Cmd.WRITE, 1000, 4, 0, 0, b"data")]
 
@@ -360,38 +360,6 @@ def test_error_text_of_legal_length_passes(length: int) -> None:
     relay = asked(READ).replies([raw[:50], raw[50:]])
     assert relay.client == swap_cookie(raw[:20]) + raw[20:]
     assert MAX_ERROR_DATA >= 6 + 4096 + 8
-
-
-# -- an upstream that shuts down
-
-
-@pytest.mark.parametrize("given", [SIMPLE, STRUCTURED])
-@pytest.mark.parametrize("style", ["simple", "structured"])
-def test_eshutdown_of_the_upstream_is_the_beginning_of_its_end(given: Terms, style: str) -> None:
-    """(U6): stop sending, pass it on, let what is in flight go on to its end."""
-    if style == "structured" and given is SIMPLE:
-        return
-    raw = simple(2, Error.ESHUTDOWN) if style == "simple" else error_chunk(2, Error.ESHUTDOWN)
-    for pieces in all_cuts(raw):
-        relay = Walker(given)
-        relay.requests([Req(Cmd.FLUSH, cookie=8).pack() + Req(Cmd.FLUSH, cookie=9).pack()])
-        assert not relay.machine.upstream_ends
-        relay.replies(pieces)
-        assert relay.machine.upstream_ends
-        assert relay.machine.in_flight == 1
-        assert relay.client == raw.replace(struct.pack(">Q", 2), struct.pack(">Q", 9))
-        relay.client.clear()
-        relay.requests([Req(Cmd.READ, 0, 1, 10).pack()])
-        assert verdicts(relay.client) == [(10, Error.ESHUTDOWN)]
-        assert len(relay.forwarded) == 2
-        relay.client.clear()
-        assert relay.replies([simple(1)]).client == simple(8)
-
-
-@pytest.mark.parametrize("error", [one for one in Error if one != Error.ESHUTDOWN])
-def test_other_errors_end_nothing(error: int) -> None:
-    assert not asked(FLUSH).replies([simple(OURS, error)]).machine.upstream_ends
-    assert not asked(FLUSH).replies([error_chunk(OURS, error)]).machine.upstream_ends
 
 
 # -- memory

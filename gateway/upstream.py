@@ -142,7 +142,8 @@ class Upstream:
         if style is Style.FIXED_NEWSTYLE:
             option = self._handshake.go if question.go else self._handshake.info
             answer = await self._exchange(option(question.name, question.infos))
-            if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD:
+            unasked = Info.BLOCK_SIZE not in question.infos
+            if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD and unasked:
                 # Only now: to ask is to promise to "abide by the size constraints", and a client
                 # that did not ask may be served in smaller blocks by a server that rounds.
                 infos = (*question.infos, Info.BLOCK_SIZE)

@@ -134,6 +134,8 @@ def _resolve(address: ListenTCP, what: str) -> list[tuple[int, tuple[str, int]]]
         found = socket.getaddrinfo(
             address.host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+    except UnicodeError:
+        raise SettingsError(f"--listen {what}: {address.host!r} is not a host name") from None
     except socket.gaierror as error:
         raise ListenError(f"cannot listen on {what}: {error.strerror}") from error
     return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))  # type: ignore[misc]
@@ -201,8 +203,8 @@ def _from_systemd(name: str | None, environ: Mapping[str, str]) -> Listener:
 
 
 def _adopt(fd: int) -> socket.socket:
-    os.set_inheritable(fd, False)
     try:
+        os.set_inheritable(fd, False)
         sock = socket.socket(fileno=os.dup(fd))
         listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:

@@ -109,27 +109,45 @@ class Relay:
         self.detail = ""
         self._shutting_down = False
         self._left = False
+        self._replies = _Stream(upstream)
 
     async def run(self, first: bytes = b"") -> SessionEnd:
         """Serve until the client disconnects, a side fails, or `shutdown` has done its work.
 
         `first` are bytes of the client that came behind its last option. The upstream is sent
-        NBD_CMD_DISC if it is at a message boundary; close the client and call
-        `let_upstream_finish` before you close the upstream. Why a side failed is in `detail`.
+        NBD_CMD_DISC if it is at a message boundary; then close the client, and then this with
+        `aclose`. Why a side failed is in `detail`.
         proto.md, "Terminating the transmission phase".
         """
-        requests, replies = _Stream(self._client, first), _Stream(self._upstream)
+        requests = _Stream(self._client, first)
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._until_it_ends, self._pump_replies, replies)
+                    nursery.start_soon(self._until_it_ends, self._pump_replies, self._replies)
                     await self._until_it_ends(self._pump_requests, requests)
                     nursery.cancel_scope.cancel()
         finally:
             requests.give_back()
-            replies.give_back()
             await self._take_leave()
         return self._end
+
+    async def aclose(self) -> None:
+        """After `run` and after the client was closed: take what the upstream still answers.
+
+        Some servers do not survive a connection that is closed under their replies: nbdkit 1.32
+        aborts, and all its clients with it. Ends with the last reply, or after FINISH_TIMEOUT_S;
+        cancelled, after LAST_WORD_TIMEOUT_S.
+        """
+        try:
+            with trio.move_on_after(FINISH_TIMEOUT_S):
+                await self._discard_replies()
+        except trio.Cancelled:
+            deadline = trio.current_time() + LAST_WORD_TIMEOUT_S
+            with trio.CancelScope(shield=True, deadline=deadline):
+                await self._discard_replies()
+            raise
+        finally:
+            self._replies.give_back()
 
     async def _until_it_ends(
         self, pump: Callable[[_Stream], Awaitable[None]], stream: _Stream
@@ -244,21 +262,23 @@ class Relay:
     async def _return(self, stream: _Stream) -> None:
         """Walk what is held and send it to the client, whole messages or held open."""
         transmission = self._transmission
-        at = 0
-        while True:
-            was_open = transmission.mid_reply
-            stop = transmission.replies(stream.buffer, at, stream.held)
-            if stop > at:
-                if not was_open:
-                    await self._begin_message()
-                with memoryview(stream.buffer) as view, view[at:stop] as span:
-                    await self._send_to_client(span, transmission.trailer)
-                if not transmission.mid_reply:
-                    self._client_writer.release()
-            at = stop
-            if not transmission.trailer:
-                break
-        stream.done_with(at)
+        start = stop = 0
+        try:
+            while True:
+                was_open = transmission.mid_reply
+                start, stop = stop, transmission.replies(stream.buffer, stop, stream.held)
+                trailer = transmission.trailer
+                if stop > start:
+                    if not was_open:
+                        await self._begin_message()
+                    with memoryview(stream.buffer) as view, view[start:stop] as span:
+                        await self._send_to_client(span, trailer)
+                    if not transmission.mid_reply:
+                        self._client_writer.release()
+                if not trailer:
+                    break
+        finally:  # what is walked is never walked again, also if the client did not get it
+            stream.done_with(stop)
 
     async def _send_to_client(self, span: memoryview, trailer: bytes) -> None:
         if trailer:  # in one record with the end of what it follows
@@ -297,27 +317,31 @@ class Relay:
     # -- the end
 
     async def _take_leave(self) -> None:
-        """The last thing that the upstream hears of us: NBD_CMD_DISC, or EOF in mid-message."""
-        if self._upstream_gone.is_set() or self._left:
+        """NBD_CMD_DISC for the upstream, unless it would take that for data."""
+        if self._left or not self._upstream_clean or self._transmission.mid_request:
             return
         self._left = True
-        if not self._upstream_clean or self._transmission.mid_request:
-            self._upstream.end_writing()  # anything more would be taken for data
-            return
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_TIMEOUT_S, shield=True):
             try:
                 await self._upstream.send_all(self._transmission.disconnect_request())
             except ChannelClosed:
                 pass  # it went first
 
-    async def let_upstream_finish(self) -> None:
-        """After `run`: take what the upstream still answers to a client that is gone.
-
-        Some servers do not survive a connection that is closed under their replies: nbdkit 1.32
-        aborts, and all its clients with it. Ends with the connection, or after FINISH_TIMEOUT_S.
-        """
-        if self._upstream_gone.is_set() or self._transmission.idle:
-            return
-        with trio.move_on_after(FINISH_TIMEOUT_S), contextlib.suppress(ChannelClosed):
-            while await self._upstream.receive():
-                pass
+    async def _discard_replies(self) -> None:
+        """Read and check replies as before, for a client that is gone, until none is due."""
+        transmission, stream = self._transmission, self._replies
+        while not (self._upstream_gone.is_set() or transmission.upstream_fault):
+            due = transmission.in_flight - transmission.mid_request  # that one is never answered
+            if not due and not transmission.mid_reply:
+                break
+            await stream.channel.readable()
+            try:
+                stream.read(at_least=transmission.wanted, probe=False)
+            except ChannelClosed:
+                break
+            at = transmission.replies(stream.buffer, 0, stream.held)
+            while transmission.trailer:
+                at = transmission.replies(stream.buffer, at, stream.held)
+            stream.done_with(at)
+            if stream.channel.eof:
+                break

@@ -119,9 +119,15 @@ class Session:
             end = SessionEnd.BUG
             self._log.exception("bug: dropping this client only")
         finally:
-            await self._close_client()
-            await self._upstream.aclose()  # its own deadline
-            self._log_end(end, detail, trio.current_time() - started)
+            try:
+                await self._close_client()
+                if self._relay is not None:
+                    await self._relay.aclose()
+            except Exception:
+                self._log.exception("bug: closing this session in disorder")
+            finally:
+                await self._upstream.aclose()
+                self._log_end(end, detail, trio.current_time() - started)
 
     def shutdown(self) -> None:
         """Begin to end: no new options or requests, what is in flight goes on to its end.
@@ -243,8 +249,6 @@ class Session:
         if self._shutting_down:
             self._relay.shutdown()
         end = await self._relay.run(agreed.rest)
-        await self._close_client()
-        await self._relay.let_upstream_finish()
         return end, self._relay.detail
 
     async def _close_client(self) -> None:

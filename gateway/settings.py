@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
+        for flag, seconds in (
+            ("--handshake-timeout", self.handshake_timeout_s),
+            ("--drain-timeout", self.drain_timeout_s),
+        ):
+            if not 0 <= seconds < math.inf:  # NaN neither
+                raise SettingsError(f"{flag}: {seconds} is no number of seconds")
         try:
             name = (self.export or "").encode()
         except UnicodeEncodeError:

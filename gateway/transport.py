@@ -99,11 +99,6 @@ class Channel:
 
     # -- ending
 
-    def end_writing(self) -> None:
-        """Send EOF. Reading goes on. Not for TLS. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-
     def shutdown(self) -> None:
         """Wake a reader with EOF, behind what has arrived already. Idempotent."""
         with contextlib.suppress(OSError):  # the peer was faster

@@ -15,4 +15,4 @@ def tcp_uri(host: str, port: int, export: str, *, tls: bool) -> str:
 def unix_uri(path: str, export: str, *, tls: bool) -> str:
     """`nbds+unix:///EXPORT?socket=PATH`."""
     scheme = "nbds+unix" if tls else "nbd+unix"
-    return f"{scheme}:///{quote(export, safe='')}?socket={quote(path)}"
+    return f"{scheme}:///{quote(export, safe='')}?socket={quote(path, errors='surrogateescape')}"

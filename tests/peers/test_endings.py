@@ -284,3 +284,42 @@ def test_many_reads_and_the_client_gone(bench: Bench) -> None:
             process.wait(timeout=30)
         front.gateway.wait_log(": closed: ")
         assert nbdsh(witness, front.client())["read"] == "here"
+
+
+def test_many_reads_and_the_client_gone_within_a_write(bench: Bench) -> None:
+    """As above, with half a payload sent: the end may come only behind the replies."""
+    front = bench.gateway(bench.nbdkit("memory", "64M"))
+    script = """
+    h = connect()
+    for number in range(20):
+        h.aio_pread(nbd.Buffer(1 << 20), number << 20)
+    h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(32 << 20)), 0)
+    report(asked=True)
+    os.kill(os.getpid(), 9)
+    """
+    for _ in range(5):
+        with start_nbdsh(script, front.client()) as process:
+            process.wait(timeout=30)
+        front.gateway.wait_log(": closed: ")
+        assert nbdsh("report(size=connect().get_size())", front.client())["size"] == 64 * MIB
+
+
+def test_many_reads_and_the_gateway_cut_short(bench: Bench) -> None:
+    """The same at a drain that runs out: the upstream outlives the gateway."""
+    server = bench.nbdkit("memory", "64M")
+    front = bench.gateway(server, "--drain-timeout", "0")
+    script = """
+    h = connect()
+    for number in range(20):
+        h.aio_pread(nbd.Buffer(1 << 20), number << 20)
+    report(asked=True)
+    time.sleep(60)
+    """
+    with start_nbdsh(script, front.client()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == '{"asked": true}\n'
+        front.gateway.exit_code = 1
+        front.gateway.terminate()
+        assert front.gateway.wait() == 1
+        process.kill()
+    check("nbdinfo", server.uri())

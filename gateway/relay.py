@@ -21,7 +21,7 @@ _KEPT_BUFFERS: Final = 16  # idle buffers kept for the next borrower, in all
 _SMALL: Final = 64  # leftovers up to here are copied out, so that their buffer can go back
 
 DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
-LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay that has been told NBD_ESHUTDOWN
+LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay once its upstream is gone
 FINISH_TIMEOUT_S: Final = 5.0  # for what the upstream still sends to a client that is gone
 LAST_WORD_TIMEOUT_S: Final = 1.0  # for NBD_CMD_DISC to the upstream
 
@@ -305,13 +305,14 @@ class Relay:
         if last_words is None:
             self._scope.cancel()  # a promised payload will not come: only hanging up is left
             return
-        if not was_open:
-            await self._begin_message()
-        for words in last_words:
-            await self._client.send_all(words)
-        self._client_writer.release()
-        self._end_if_idle()
-        await trio.sleep(LOST_TIMEOUT_S)
+        with trio.move_on_after(LOST_TIMEOUT_S):
+            if not was_open:
+                await self._begin_message()
+            for words in last_words:
+                await self._client.send_all(words)
+            self._client_writer.release()
+            self._end_if_idle()
+            await trio.sleep_forever()  # ended by the other pump
         self._scope.cancel()
 
     # -- the end

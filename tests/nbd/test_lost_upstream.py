@@ -66,6 +66,7 @@ def test_last_words_are_said_once() -> None:
 
 def test_nothing_in_flight_is_nothing_to_say() -> None:
     relay = Walker(terms())
+    assert relay.machine.wanted == 0
     assert relay.lose_upstream()
     assert not relay.client
     assert relay.machine.idle
@@ -151,6 +152,7 @@ def test_read_that_was_half_answered_ends_in_an_error(half: bytes) -> None:
         before = len(relay.client)
         assert relay.lose_upstream()
         assert verdicts(relay.client[before:]) == [(5, GONE)]
+        assert not relay.machine._chunked
 
 
 def test_block_status_that_was_half_answered_ends_in_an_error() -> None:

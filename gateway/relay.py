@@ -159,7 +159,8 @@ class Relay:
             self._end, self.detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
             self._scope.cancel()
         except ChannelClosed as closed:
-            self._end, self.detail = SessionEnd.CLIENT_LEFT, str(closed)
+            if not self._upstream_gone.is_set():  # else it leaves because it was told so
+                self._end, self.detail = SessionEnd.CLIENT_LEFT, str(closed)
             self._scope.cancel()
 
     def shutdown(self) -> None:

@@ -220,6 +220,8 @@ class Relay:
     async def _client_done(self, end: SessionEnd) -> None:
         """The client will send no more. Let what is in flight be answered, for a while."""
         self._end = SessionEnd.UPSTREAM_LOST if self._upstream_gone.is_set() else end
+        if self._end is SessionEnd.CLIENT_LEFT and self._client.truncated:
+            self.detail = "connection cut without an end of TLS"
         if self._idle or self._transmission.mid_request:
             return
         self._shutting_down = True

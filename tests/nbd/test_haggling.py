@@ -74,6 +74,15 @@ def test_option_with_more_data_than_is_stored_is_too_big_and_skipped(number: int
         assert say([raw[:70000], raw[70000:]]) == [Reply(number, Rep.ERR_TOO_BIG), *ABORTED]
 
 
+@pytest.mark.parametrize("number", [Opt.INFO, Opt.GO])
+def test_option_with_as_much_data_as_is_stored_is_served(number: int) -> None:
+    data = info_data("", [99] * ((MAX_OPTION_DATA - 6) // 2))
+    assert len(data) == MAX_OPTION_DATA
+    front = Front()
+    assert front.say(option(number, data))[1] == acked(number)
+    assert front.questions == [Open("", (99,), go=number == Opt.GO)]
+
+
 def test_option_beyond_the_skip_limit_ends_the_session() -> None:
     with pytest.raises(PeerError, match="client"):
         say([option(Opt.GO, length=MAX_OPTION_SKIP + 1)])

@@ -97,7 +97,7 @@ def test_client_without_structured_replies_gets_an_upstream_without_them() -> No
 
 @pytest.mark.parametrize("flags", [0, *(1 << bit for bit in range(16) if bit != 11), 0xFFFF])
 def test_flags_are_the_upstreams_less_what_nobody_here_can_carry(flags: int) -> None:
-    """(U3): unknown flags and those of extensions go; FUA is not made up where there is none."""
+    """(U3, X9): those of extensions go; FUA and CAN_MULTI_CONN are not made up."""
     carried = int(ALL_FEATURES | Tf.READ_ONLY | Tf.ROTATIONAL | Tf.CAN_MULTI_CONN)
     terms = terms_after(Granted(MIB, flags), STRUCTURED)
     assert terms.flags == flags & carried | Tf.HAS_FLAGS
@@ -194,7 +194,7 @@ def test_export_name_has_zeroes_unless_negotiated_away(no_zeroes: bool, name: st
 @pytest.mark.parametrize("kind", [*REFUSALS, (1 << 31) + 77])
 @pytest.mark.parametrize("number", [Opt.INFO, Opt.GO])
 def test_refusal_of_the_upstream_becomes_one_of_ours(number: int, kind: int) -> None:
-    """(H10, T3): no INFO before it, nothing about TLS, and unknown rather than forbidden."""
+    """(H9, H10, T3): no INFO before it, and never that TLS or block sizes are required."""
     passed = {Rep.ERR_SHUTDOWN, Rep.ERR_POLICY, Rep.ERR_PLATFORM}
     expected = kind if kind in passed else Rep.ERR_UNKNOWN
     assert opened(number, Refused(kind, "text")) == [Reply(number, expected)]

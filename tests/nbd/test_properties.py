@@ -114,7 +114,7 @@ def each_has_one_answer(raw: bytes, outcome: Outcome) -> None:
         assert answered == sent
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(some.option_streams, some.cuts, st.booleans())
 def test_plain_haggling(raw: bytes, cuts: list[int], shutdown: bool) -> None:
     def outcome(pieces: list[bytes]) -> Outcome:
@@ -136,7 +136,7 @@ def test_plain_haggling(raw: bytes, cuts: list[int], shutdown: bool) -> None:
         same(whole, cutted)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     policies,
     st.booleans(),
@@ -207,7 +207,7 @@ def same_answer(
         assert cutted == whole
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(some.greetings, some.noise, some.cuts)
 def test_greeting_of_an_upstream(greeting: bytes, behind: bytes, cuts: list[int]) -> None:
     for raw in (greeting, greeting + behind):
@@ -236,7 +236,7 @@ def test_export_name_answer_of_an_upstream_without_fixed_newstyle(
 # -- transmission
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(some.some_terms, some.request_streams, some.cuts)
 def test_requests(terms: Terms, raw: bytes, cuts: list[int]) -> None:
     whole, cutted = Walker(terms).requests([raw]), Walker(terms).requests(cut(raw, cuts))
@@ -273,7 +273,7 @@ def some_replies(relay: Walker, terms: Terms, seed: int) -> bytes:
     return spoilt(b"".join(said), rng)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     some.some_terms,
     st.lists(some.requests, max_size=8),
@@ -307,7 +307,7 @@ def test_replies(
     assert outcome(*cuts) == outcome()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     some.some_terms,
     st.lists(some.requests, max_size=8),

@@ -250,6 +250,20 @@ def test_last_data_that_is_not_there_in_full_is_not_yet_the_last() -> None:
         assert relay.machine.idle
 
 
+def test_one_read_after_the_other_comes_in_pieces() -> None:
+    relay = Walker(STRUCTURED)
+    for number in range(1, 4):
+        relay.requests([Req(Cmd.READ, 0, 4, 100 + number).pack()])
+        raw = data_chunk(number, 0, b"abcd", flags=DONE)
+        relay.replies([raw[:-1], raw[-1:]])
+        assert relay.machine.idle
+    assert [one.cookie for one in parse_replies(bytes(relay.client)) if one.final] == [
+        101,
+        102,
+        103,
+    ]
+
+
 def test_last_data_of_several_chunks_is_not_the_last_either_until_it_is_there() -> None:
     first, last = data_chunk(OURS, 1004, b"4567"), data_chunk(OURS, 1000, b"0123", flags=DONE)
     relay = asked(READ).replies([first + last[:-1]])
@@ -335,6 +349,7 @@ def test_other_errors_are_told_as_legal_ones(error: int, told: int) -> None:
         ("Gerät weg \N{SNOWMAN}".encode(), "Gerät weg \N{SNOWMAN}".encode()),
         (b"\x1b[31mred\n", b"?[31mred?"),
         (b"a\0b", b"a?b"),
+        (b"\x1f ~\x7f", b"? ~?"),
         (b"Ger\xe4t", b"Ger?t"),
         (b"\xc3\xa4\x07", b"???"),
     ],
@@ -379,3 +394,5 @@ def test_replies_that_are_whole_leave_nothing_behind() -> None:
 def test_unknown_error_chunk_with_fields_of_its_own_passes() -> None:
     payload = struct.pack(">IH", Error.EIO, 2) + b"no" + bytes(40)
     passes(READ, chunk(OURS, (1 << 15) + 3, payload, flags=DONE))
+    longest = payload.ljust(MAX_ERROR_DATA, b"\0")
+    assert asked(READ).replies([chunk(OURS, 0xFFFF, longest, flags=DONE)]).machine.idle

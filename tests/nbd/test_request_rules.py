@@ -103,7 +103,12 @@ def test_flag_is_for_the_commands_that_it_is_documented_for(kind: Cmd, bit: int)
     ],
 )
 def test_flag_needs_its_feature(kind: int, flag: int, feature: Tf) -> None:
-    assert verdict(request(kind, flags=flag), terms(flags=ALL_FEATURES & ~feature)) == Error.EINVAL
+    without = terms(flags=ALL_FEATURES & ~feature)
+    with_little_else = terms(flags=Tf.HAS_FLAGS | Tf.SEND_WRITE_ZEROES)
+    for given in (without, with_little_else):
+        for other in (0, CmdFlag.FUA, CmdFlag.DF):
+            one = request(kind, length=8, flags=flag | other)
+            assert verdict(one, given) == Error.EINVAL
 
 
 @pytest.mark.parametrize("kind", [one for one in Cmd if one not in (Cmd.DISC, Cmd.RESIZE)])
@@ -170,6 +175,13 @@ def test_payload_above_the_maximum_is_invalid() -> None:
     for kind in (Cmd.READ, Cmd.WRITE):
         assert verdict(request(kind, 0, 65536), LIMITED) is None
         assert verdict(request(kind, 0, 65536 + 512), LIMITED) == Error.EINVAL
+
+
+def test_payload_of_the_maximum_is_forwarded_whatever_its_flags() -> None:
+    fua = request(Cmd.READ, 0, 65536, flags=CmdFlag.FUA)
+    (forwarded,) = Walker(LIMITED).requests([fua.pack()]).forwarded
+    assert (forwarded.length, forwarded.flags) == (65536, 0)
+    assert verdict(fua._replace(length=65536 + 512), LIMITED) == Error.EINVAL
 
 
 def test_structured_read_above_the_maximum_is_for_the_upstream_to_split() -> None:

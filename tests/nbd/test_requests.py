@@ -213,7 +213,8 @@ def test_read_of_no_bytes_is_answered_in_the_style_that_reads_have() -> None:
 @pytest.mark.parametrize("structured", [True, False])
 def test_after_shutdown_every_request_is_answered_that_it_comes_too_late(structured: bool) -> None:
     sent = [request(kind, length=8, cookie=kind) for kind in Cmd if kind != Cmd.DISC]
-    sent += [Req(99, cookie=99), request(Cmd.READ, length=0, cookie=20)]
+    sent += [request(kind, length=1, cookie=20 + kind) for kind in (Cmd.READ, Cmd.WRITE)]
+    sent += [Req(99, cookie=99), request(Cmd.READ, length=0, cookie=30)]
     raw = b"".join(one.pack() for one in sent)
     for pieces in all_cuts(raw):
         relay = Walker(terms(structured=structured, contexts=CONTEXTS))

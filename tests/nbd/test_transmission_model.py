@@ -116,7 +116,7 @@ def unchanged(seen: list[Seen], messages: list[bytes], theirs: Req, ours: Req) -
     return joined(seen) == [one._replace(cookie=theirs.cookie) for one in said]
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     some.some_terms,
     some_requests,
@@ -149,7 +149,7 @@ def test_each_request_has_one_final_reply(
     assert not session.relay.machine.mid_payload
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     some.some_terms,
     some_requests,
@@ -264,7 +264,7 @@ CORRUPTIONS: list[Callable[[list[bytes], Req, random.Random], bytes]] = [
 ]
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(1, 999), st.integers(2, 60)), min_size=1, max_size=4),
     st.sampled_from(CORRUPTIONS),

@@ -52,6 +52,11 @@ def test_socket_path_is_the_whole_query(path: str) -> None:
     assert query == {"socket": [path]}
 
 
+def test_socket_path_need_not_be_utf8() -> None:
+    """The operating system's paths are bytes, which Python escapes as surrogates."""
+    assert unix_uri("/run/\udce4", "", tls=True) == "nbds+unix:///?socket=/run/%E4"
+
+
 def test_ipv6_address_and_port_are_told_apart() -> None:
     parts = urlsplit(tcp_uri("2001:db8::7", 10809, "", tls=True))
     assert (parts.hostname, parts.port) == ("2001:db8::7", 10809)

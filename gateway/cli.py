@@ -187,10 +187,15 @@ def init(directory: Path, server_names: tuple[str, ...], *, force: bool) -> None
     The files have the names that QEMU, nbdkit and libnbd look for. The CA's key is put apart,
     into DIRECTORY/ca.
     """
-    from gateway import pki  # not needed to serve
+    from gateway import certs, pki  # not needed to serve
 
-    issued = pki.init(directory, server_names, force=force)
-    click.echo(pki.next_steps(issued))
+    for name in server_names:
+        try:
+            pki.check_server_name(name)
+        except pki.PkiError as wrong:
+            raise SettingsError(f"--server-name: {wrong}") from None
+    issued = certs.init(directory, server_names, force=force)
+    click.echo(certs.next_steps(issued))
 
 
 @cli.command()

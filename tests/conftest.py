@@ -46,7 +46,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Shared by all tests: read it, never write to it.
     """
-    from gateway.pki import init
+    from gateway.certs import init
 
     directory = tmp_path_factory.mktemp("certs") / "pki"
     init(directory)

@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from gateway import demo
+from gateway import demo, selftest
 from gateway.errors import ListenError, SettingsError
 from gateway.memory_upstream import Disk, MemoryUpstream
 from gateway.nbd.constants import TransmissionFlag
+from gateway.selftest import DemoError
 from gateway.server import Server
 from gateway.settings import ListenTCP, Settings, TLSSettings
 from tests.support.gateway import ROOT, Output, environment
@@ -255,7 +256,7 @@ async def try_on(upstream: MemoryUpstream, path: Path, said: Said) -> None:
         await nursery.start(upstream.serve, str(path))
         try:
             await demo.run(said.append, self_test=True, upstream=str(path))
-        except demo.DemoError as error:
+        except DemoError as error:
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
@@ -264,7 +265,7 @@ async def try_on(upstream: MemoryUpstream, path: Path, said: Said) -> None:
 
 async def test_wrong_data_is_noticed(folder: Path) -> None:
     said = Said()
-    with pytest.raises(demo.DemoError, match="other bytes than were written, from offset 1000 on"):
+    with pytest.raises(DemoError, match="other bytes than were written, from offset 1000 on"):
         await demo.run(said.append, self_test=True, upstream=WrongData({"": bytearray(2 * MIB)}))
     assert said.steps == ["connect", "open", "read", "write", "flush"]
     assert "read back" in said.failed
@@ -277,7 +278,7 @@ async def test_data_that_never_reaches_the_server_is_noticed(folder: Path) -> No
     another = MemoryUpstream({"": bytearray(MIB)})
     upstream.serve = another.serve  # type: ignore[method-assign]
     said = Said()
-    with pytest.raises(demo.DemoError, match="other bytes than were written"):
+    with pytest.raises(DemoError, match="other bytes than were written"):
         await demo.run(said.append, self_test=True, upstream=upstream)
     assert said.steps[-1] == "read back"
     assert "memory" in said.failed
@@ -307,7 +308,7 @@ async def test_a_users_disk_is_as_before_when_interrupted(folder: Path) -> None:
                 assert disk != content(2 * MIB)
                 signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(demo.DemoError, match="the self-test was interrupted"):
+    with pytest.raises(DemoError, match="the self-test was interrupted"):
         await try_on(MemoryUpstream({"": disk}), folder / "own.sock", Interrupted())
     assert "put back" in said.steps
     assert disk == content(2 * MIB)
@@ -316,7 +317,7 @@ async def test_a_users_disk_is_as_before_when_interrupted(folder: Path) -> None:
 
 async def test_what_cannot_be_put_back_is_kept_in_a_file(folder: Path) -> None:
     disk, said = content(2 * MIB), Said()
-    with pytest.raises(demo.DemoError, match="what the disk began with is in ") as failure:
+    with pytest.raises(DemoError, match="what the disk began with is in ") as failure:
         await try_on(WrongData({"": disk}), folder / "own.sock", said)
     assert "put back" in said[-1]
     (name,) = left_in(folder)
@@ -357,16 +358,16 @@ async def test_a_server_without_a_default_export(folder: Path) -> None:
 
 
 async def test_a_server_without_exports(folder: Path) -> None:
-    with pytest.raises(demo.DemoError, match="'open': NBD_REP_ERR_UNKNOWN"):
+    with pytest.raises(DemoError, match="'open': NBD_REP_ERR_UNKNOWN"):
         await try_on(MemoryUpstream({}), folder / "own.sock", Said())
 
 
 async def test_a_silent_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "STEP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(selftest, "STEP_TIMEOUT_S", 0.3)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(folder / "own.sock"))
         silent.listen()
-        with pytest.raises(demo.DemoError, match=r"nothing for 0\.3 s"):
+        with pytest.raises(DemoError, match=r"nothing for 0\.3 s"):
             await demo.run(Said().append, self_test=True, upstream=str(folder / "own.sock"))
     assert left_in(folder) == ["own.sock"]
 
@@ -398,7 +399,7 @@ async def test_a_gateway_without_its_guard_is_noticed(
 ) -> None:
     monkeypatch.setattr(demo, "TLSSettings", sabotage)
     said = Said()
-    with pytest.raises(demo.DemoError, match=f"the self-test has failed at {reason}"):
+    with pytest.raises(DemoError, match=f"the self-test has failed at {reason}"):
         await demo.run(said.append, self_test=True)
     assert said.failed
     assert left_in(folder) == []
@@ -408,9 +409,9 @@ async def test_a_gateway_that_serves_plaintext_is_noticed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client that asks without TLS is answered by a second gateway, one with TLS off."""
-    original = demo._SelfTest._refuse_without_tls
+    original = selftest.SelfTest._refuse_without_tls
 
-    async def elsewhere(self: demo._SelfTest) -> None:
+    async def elsewhere(self: selftest.SelfTest) -> None:
         plain = Server(Settings(self._scene.socket, None, (ListenTCP("127.0.0.1", 0),), None))
         async with trio.open_nursery() as nursery:
 
@@ -423,8 +424,8 @@ async def test_a_gateway_that_serves_plaintext_is_noticed(
             self._scene = dataclasses.replace(self._scene, port=port)
             await original(self)
 
-    monkeypatch.setattr(demo._SelfTest, "_refuse_without_tls", elsewhere)
-    with pytest.raises(demo.DemoError, match="without TLS got another answer: Granted"):
+    monkeypatch.setattr(selftest.SelfTest, "_refuse_without_tls", elsewhere)
+    with pytest.raises(DemoError, match="without TLS got another answer: Granted"):
         await demo.run(Said().append, self_test=True)
 
 
@@ -461,7 +462,7 @@ async def test_a_path_too_long_for_a_socket(folder: Path, monkeypatch: pytest.Mo
 
 async def test_no_temporary_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "none"))
-    with pytest.raises(demo.DemoError, match="cannot make a temporary directory: No such file"):
+    with pytest.raises(DemoError, match="cannot make a temporary directory: No such file"):
         await demo.run(Said().append)
 
 
@@ -477,7 +478,7 @@ def test_own_command_as_it_was_called(
     monkeypatch: pytest.MonkeyPatch, called: str, shown: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", [called])
-    assert demo._own_command() == shown
+    assert selftest._own_command() == shown
 
 
 def test_own_command_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -485,4 +486,4 @@ def test_own_command_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     program.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(sys, "argv", [str(program)])
-    assert demo._own_command() == "nbd-gateway"
+    assert selftest._own_command() == "nbd-gateway"

@@ -43,11 +43,10 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("server listeners settings pki demo errors", "click trio"),
-    "demo": Layer(
-        "server listeners pki memory_upstream settings transport errors nbd.*",
-        "trio socket ssl signal",
-    ),
+    "cli": Layer("server listeners settings certs pki demo errors", "click trio"),
+    "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
+    "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
+    "client": Layer("transport errors nbd.*", "socket ssl"),
     "server": Layer("session settings listeners tls access transport errors", "trio socket signal"),
     "session": Layer(
         "relay upstream tls access transport settings errors nbd.*", "trio socket ssl"
@@ -59,7 +58,8 @@ TABLE = {
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
     "settings": Layer("errors nbd.constants nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),
-    "pki": Layer("errors", "cryptography socket"),
+    "certs": Layer("pki errors", "socket"),
+    "pki": Layer("errors", "cryptography"),
     "transport": Layer("errors", "trio ssl socket"),
     "nbd": Layer(pure=True),
     "nbd.haggling": Layer("nbd.negotiation nbd.pairing nbd.wire nbd.constants errors", pure=True),

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway import pki
+from gateway import certs
 
 DISK_MIB = 256
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -98,7 +98,7 @@ def wait_for(uri: str) -> None:
 @contextlib.contextmanager
 def servers(folder: Path) -> Iterator[list[Server]]:
     tls = folder / "tls"
-    pki.init(tls)
+    certs.init(tls)
     disk = str(folder / "disk.sock")
     with contextlib.ExitStack() as stack:
         stack.enter_context(running("nbdkit", "-f", "-U", disk, "memory", f"{DISK_MIB}M"))

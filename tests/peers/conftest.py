@@ -61,7 +61,7 @@ def other_pki(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ca-cert.pem holds both CAs: the client finds no fault with the gateway, nor (as qemu looks at
     that first) with its own certificate. It is the gateway that has to refuse.
     """
-    from gateway.pki import init
+    from gateway.certs import init
 
     directory = tmp_path_factory.mktemp("other") / "pki"
     init(directory)

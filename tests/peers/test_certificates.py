@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import pki
+from gateway import certs, pki
 
 pytestmark = pytest.mark.peers
 
@@ -115,10 +115,10 @@ def fails(command: Sequence[str | Path] | str) -> str:
 
 
 @pytest.fixture
-def issued(tmp_path: Path) -> pki.Issued:
+def issued(tmp_path: Path) -> certs.Issued:
     """In a folder whose name needs every kind of quoting there is."""
     names = ("gateway.test", "*.wild.test", "192.0.2.7", "2001:db8::7")
-    return pki.init(tmp_path / "it's a b,c+&#%", names, client_name="vm1")
+    return certs.init(tmp_path / "it's a b,c+&#%", names, client_name="vm1")
 
 
 @pytest.fixture(params=["nbdkit", "qemu-nbd"])
@@ -181,14 +181,14 @@ def lay_out(
 
 @pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
 def test_the_printed_lines_work(
-    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+    client: str, server: tuple[str, Path], issued: certs.Issued, tmp_path: Path
 ) -> None:
     program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}.get(client, client))
     three = copy_for_client(tmp_path / "the client's", issued.directory)
     with serving(server, issued.directory) as port:
         for folder in (issued.directory, three):
             for host in ("localhost", "127.0.0.1"):
-                output = succeeds(getattr(pki.client_commands(folder, host, port), client))
+                output = succeeds(getattr(certs.client_commands(folder, host, port), client))
                 expected = {"nbdinfo": "with TLS", "qemu_img": "1 MiB", "nbd_client_list": ""}
                 assert expected[client] in output
 
@@ -197,7 +197,7 @@ def test_the_printed_lines_work(
 # the standard forbids and GnuTLS, so both these servers, refuses.
 @pytest.mark.parametrize("client", ["qemu_img", "nbd_client_list"])
 def test_the_printed_lines_work_over_ipv6(
-    client: str, server: tuple[str, Path], issued: pki.Issued
+    client: str, server: tuple[str, Path], issued: certs.Issued
 ) -> None:
     program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}[client])
     try:
@@ -205,28 +205,30 @@ def test_the_printed_lines_work_over_ipv6(
     except OSError as error:
         pytest.skip(f"no IPv6 loopback address: {error}")
     with serving(server, issued.directory, "::1") as port:
-        succeeds(getattr(pki.client_commands(issued.directory, "::1", port), client))
+        succeeds(getattr(certs.client_commands(issued.directory, "::1", port), client))
 
 
-def test_nbd_client_gets_as_far_as_the_kernel(server: tuple[str, Path], issued: pki.Issued) -> None:
+def test_nbd_client_gets_as_far_as_the_kernel(
+    server: tuple[str, Path], issued: certs.Issued
+) -> None:
     """Attaching needs a kernel with NBD; the line's syntax and its TLS show before that."""
     program("nbd-client")
     with serving(server, issued.directory) as port:
-        line = pki.client_commands(issued.directory, "localhost", port).nbd_client
+        line = certs.client_commands(issued.directory, "localhost", port).nbd_client
         nowhere = line.replace("/dev/nbd0", "/dev/null")
         assert "size = 1MB" in fails(nowhere)
 
 
 @pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
 def test_a_server_of_another_authority_is_refused(
-    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+    client: str, server: tuple[str, Path], issued: certs.Issued, tmp_path: Path
 ) -> None:
     program({"qemu_img": "qemu-img", "nbd_client_list": "nbd-client"}.get(client, client))
     wrong = copy_for_client(tmp_path / "wrong", issued.directory)
-    shutil.copy(pki.init(tmp_path / "other").ca.cert, wrong)
+    shutil.copy(certs.init(tmp_path / "other").ca.cert, wrong)
     with serving(server, issued.directory) as port:
-        fails(getattr(pki.client_commands(wrong, "localhost", port), client))
-        succeeds(getattr(pki.client_commands(issued.directory, "localhost", port), client))
+        fails(getattr(certs.client_commands(wrong, "localhost", port), client))
+        succeeds(getattr(certs.client_commands(issued.directory, "localhost", port), client))
 
 
 @pytest.mark.parametrize("client", ["nbdinfo", "qemu_img", "nbd_client_list"])
@@ -238,7 +240,7 @@ def test_a_server_of_another_name_is_refused(
     folder = lay_out(tmp_path / "tls", authority, "server", authority.issue_server(["gw.test"]))
     lay_out(folder, authority, "client", authority.issue_client("vm1"))
     with serving(server, folder) as port:
-        line = getattr(pki.client_commands(folder, "localhost", port), client)
+        line = getattr(certs.client_commands(folder, "localhost", port), client)
         fails(line)
         if client == "nbd_client_list":  # the one of the three that can be told another name
             succeeds(line.replace("-tlshostname localhost", "-tlshostname gw.test"))
@@ -246,16 +248,16 @@ def test_a_server_of_another_name_is_refused(
 
 @pytest.mark.parametrize("client", ["nbdinfo", "qemu_img"])
 def test_a_client_of_another_authority_or_none_is_refused(
-    client: str, server: tuple[str, Path], issued: pki.Issued, tmp_path: Path
+    client: str, server: tuple[str, Path], issued: certs.Issued, tmp_path: Path
 ) -> None:
     program({"qemu_img": "qemu-img"}.get(client, client))
-    other = pki.init(tmp_path / "other").directory
+    other = certs.init(tmp_path / "other").directory
     shutil.copy(issued.directory / "ca-cert.pem", other)
     none = copy_for_client(tmp_path / "none", issued.directory, certificate=False)
     with serving(server, issued.directory) as port:
         for folder in (other, none):
-            fails(getattr(pki.client_commands(folder, "localhost", port), client))
-        succeeds(getattr(pki.client_commands(issued.directory, "localhost", port), client))
+            fails(getattr(certs.client_commands(folder, "localhost", port), client))
+        succeeds(getattr(certs.client_commands(issued.directory, "localhost", port), client))
 
 
 def test_a_revoked_client_is_refused(server: tuple[str, Path], tmp_path: Path) -> None:
@@ -268,13 +270,13 @@ def test_a_revoked_client_is_refused(server: tuple[str, Path], tmp_path: Path) -
     with serving(server, folder) as port:
         for name, credential, verdict in (("bad", bad, fails), ("good", good, succeeds)):
             theirs = lay_out(tmp_path / name, authority, "client", credential)
-            verdict(pki.client_commands(theirs, "localhost", port).nbdinfo)
+            verdict(certs.client_commands(theirs, "localhost", port).nbdinfo)
 
 
 # ---------------------------------------------------------------- verifiers
 
 
-def test_certtool_verifies(issued: pki.Issued, tmp_path: Path) -> None:
+def test_certtool_verifies(issued: certs.Issued, tmp_path: Path) -> None:
     certtool = program("certtool")
     verify = [certtool, "--verify", "--load-ca-certificate", issued.ca.cert, "--infile"]
     server_auth = ("--verify-purpose", "1.3.6.1.5.5.7.3.1")
@@ -285,11 +287,11 @@ def test_certtool_verifies(issued: pki.Issued, tmp_path: Path) -> None:
     fails([*verify, issued.server.cert, "--verify-hostname", "other.test", *server_auth])
     fails([*verify, issued.server.cert, *client_auth])
     fails([*verify, issued.client.cert, *server_auth])
-    other = pki.init(tmp_path / "other")
+    other = certs.init(tmp_path / "other")
     fails([*verify, other.client.cert, *client_auth])
 
 
-def test_openssl_verifies(issued: pki.Issued, tmp_path: Path) -> None:
+def test_openssl_verifies(issued: certs.Issued, tmp_path: Path) -> None:
     verify = [program("openssl"), "verify", "-x509_strict", "-CAfile", issued.ca.cert]
     for name in (*DNS_NAMES, "any.wild.test"):
         succeeds([*verify, "-purpose", "sslserver", "-verify_hostname", name, issued.server.cert])
@@ -301,7 +303,7 @@ def test_openssl_verifies(issued: pki.Issued, tmp_path: Path) -> None:
     for purpose, cert in (("sslclient", issued.server.cert), ("sslserver", issued.client.cert)):
         # OpenSSL 1.1 wrote "unsupported", 3.0 writes "unsuitable certificate purpose".
         assert "certificate purpose" in fails([*verify, "-purpose", purpose, cert])
-    other = pki.init(tmp_path / "other")
+    other = certs.init(tmp_path / "other")
     assert "unable to get local issuer" in fails([*verify, other.server.cert])
 
 
@@ -326,7 +328,7 @@ def test_openssl_reads_the_revocation_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["this", "3.13"])
-def test_python_verifies_strictly(version: str, issued: pki.Issued) -> None:
+def test_python_verifies_strictly(version: str, issued: certs.Issued) -> None:
     """From 3.13 on, Python's default context checks with VERIFY_X509_STRICT."""
     python: str | None = sys.executable
     if version != "this":

@@ -1,0 +1,228 @@
+"""gateway.settings: what `--listen` takes, what a Unix socket's path may be, and `--tls-dir`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import SettingsError
+from gateway.settings import (
+    Listen,
+    ListenSystemd,
+    ListenTCP,
+    ListenUnix,
+    Settings,
+    TLSSettings,
+    check_socket_path,
+    parse_listen,
+    tls_files,
+)
+
+LONGEST = "/" + 106 * "x"  # 107 bytes, and the final NUL
+
+
+def wrong(text: str) -> str:
+    """What is said of a `--listen` that must be refused: one line that begins with the flag."""
+    with pytest.raises(SettingsError) as refused:
+        parse_listen(text)
+    message = str(refused.value)
+    assert message.startswith("--listen")
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- --listen
+
+
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("127.0.0.1:10809", ListenTCP("127.0.0.1", 10809)),
+        ("0.0.0.0:0", ListenTCP("0.0.0.0", 0)),
+        ("disks.example.com:65535", ListenTCP("disks.example.com", 65535)),
+        ("localhost:00080", ListenTCP("localhost", 80)),
+        (":10809", ListenTCP(None, 10809)),
+        (":0", ListenTCP(None, 0)),
+        ("[::1]:10809", ListenTCP("::1", 10809)),
+        ("[::]:0", ListenTCP("::", 0)),
+        ("[2001:db8::1]:1", ListenTCP("2001:db8::1", 1)),
+        ("[fe80::1%eth0]:1", ListenTCP("fe80::1%eth0", 1)),
+        ("[::ffff:192.0.2.1]:1", ListenTCP("::ffff:192.0.2.1", 1)),
+        ("unix:/run/nbd.sock", ListenUnix("/run/nbd.sock")),
+        ("unix:relative/nbd.sock", ListenUnix("relative/nbd.sock")),
+        ("unix:/with:colons:10809", ListenUnix("/with:colons:10809")),
+        ("unix:[::1]:10809", ListenUnix("[::1]:10809")),
+        (f"unix:{LONGEST}", ListenUnix(LONGEST)),
+        ("systemd", ListenSystemd(None)),
+        ("systemd:", ListenSystemd(None)),
+        ("systemd:nbd", ListenSystemd("nbd")),
+        ("systemd:80", ListenSystemd("80")),
+    ],
+)
+def test_forms_of_listen(text: str, listen: Listen) -> None:
+    assert parse_listen(text) == listen
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":", "10809", "localhost", "localhost:", "systemd-nbd", "unix"),
+        *("localhost:http", "localhost:-1", "localhost:+1", "localhost:1.0", "localhost: 1"),
+        *("localhost:65536", "localhost:99999", ":99999", "[::1]:99999"),
+        *("localhost:\u0661", "localhost:\u00b2", "localhost:1_0", "localhost:0x10"),
+        "UNIX:/run/nbd.sock",
+    ],
+)
+def test_no_port(text: str) -> None:
+    message = wrong(text)
+    assert message.startswith(f"--listen {text}: ")
+    assert "not an address" in message
+    for form in ("HOST:PORT", ":PORT", "[V6]:PORT", "unix:PATH", "systemd"):
+        assert form in message
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_port_of_many_digits(digits: int) -> None:
+    assert "not an address" in wrong(":" + digits * "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "better"),
+    [
+        ("::1:10809", "[::1]:10809"),
+        (":::10809", "[::]:10809"),
+        ("2001:db8::1:10809", "[2001:db8::1]:10809"),
+    ],
+)
+def test_ipv6_without_brackets_is_given_them(text: str, better: str) -> None:
+    assert better in wrong(text)
+    assert isinstance(parse_listen(better), ListenTCP)
+
+
+@pytest.mark.parametrize("text", ["[::1]", "[::1", "[::1]10809", "[::1]:", "tcp://127.0.0.1:1"])
+def test_advice_for_broken_addresses_can_be_followed(text: str) -> None:
+    """A message that proposes an address proposes one that exists."""
+    message = wrong(text)
+    if "goes in brackets: " in message:
+        assert isinstance(parse_listen(message.partition("goes in brackets: ")[2]), ListenTCP)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "", "::1::", "fe80", "::1]", "%eth0"])
+def test_only_an_ipv6_address_goes_in_brackets(host: str) -> None:
+    assert "is not an IPv6 address" in wrong(f"[{host}]:10809")
+
+
+def test_socket_path_of_a_listener() -> None:
+    assert "not a path" in wrong("unix:")
+    assert "not a path" in wrong("unix:/run/\0nbd")
+    message = wrong(f"unix:{LONGEST}x")
+    assert "108 bytes" in message
+    assert "107" in message
+
+
+# ---------------------------------------------------------------- Unix socket paths
+
+
+@pytest.mark.parametrize("path", [LONGEST, "x", "\u00e9" * 53 + "x", "\udcff" * 107])
+def test_socket_paths_that_fit(path: str) -> None:
+    check_socket_path("--socket", path)
+    assert len(os.fsencode(path)) <= 107
+
+
+@pytest.mark.parametrize("path", [LONGEST + "x", "\u00e9" * 54, "\udcff" * 108, 5000 * "x"])
+def test_socket_paths_too_long(path: str) -> None:
+    """Bytes are counted, not characters: that is what the address holds."""
+    with pytest.raises(SettingsError, match=rf"^--socket: the path has {len(os.fsencode(path))} "):
+        check_socket_path("--socket", path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "\0abstract"])
+def test_no_socket_paths(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--socket: not a path: "):
+        check_socket_path("--socket", path)
+
+
+def test_settings_look_at_the_upstream_path() -> None:
+    assert Settings(LONGEST, None).socket == LONGEST
+    with pytest.raises(SettingsError, match=r"^--socket: the path has 108 bytes"):
+        Settings(LONGEST + "x", None)
+
+
+# ---------------------------------------------------------------- Settings
+
+
+@pytest.mark.parametrize("name", ["", "disk", "d/e f?&#", 4096 * "x", 2048 * "\u00e9", None])
+def test_export_names(name: str | None) -> None:
+    assert Settings("s", None, export=name).export == name
+
+
+@pytest.mark.parametrize("name", [4097 * "x", 2048 * "\u00e9" + "x", "a\0b"])
+def test_no_export_names(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"^--export: .*4096 bytes"):
+        Settings("s", None, export=name)
+
+
+def test_an_export_name_is_utf_8() -> None:
+    """What a shell passes in another encoding comes as surrogates."""
+    with pytest.raises(SettingsError, match=r"^--export: "):
+        Settings("s", None, export="disk\udcff")
+
+
+def test_defaults() -> None:
+    settings = Settings("s", None)
+    assert settings.listen == (ListenTCP(None, 10809),)
+    assert settings.export == ""
+    assert settings.read_only is False
+    assert settings.max_connections == 100
+    assert settings.handshake_timeout_s == 10
+    assert settings.drain_timeout_s == 30
+
+
+def test_settings_do_not_change() -> None:
+    settings = Settings("s", None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.read_only = True  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- --tls-dir
+
+
+def test_the_files_of_a_directory(tmp_path: Path) -> None:
+    assert tls_files(tmp_path, anonymous=False, minimum="1.3") == TLSSettings(
+        tmp_path / "server-cert.pem",
+        tmp_path / "server-key.pem",
+        tmp_path / "ca-cert.pem",
+        None,
+        "1.3",
+    )
+
+
+def test_a_crl_is_used_if_it_is_there(tmp_path: Path) -> None:
+    crl = tmp_path / "ca-crl.pem"
+    crl.touch()
+    assert tls_files(tmp_path, anonymous=False, minimum="1.2").crl == crl
+
+
+def test_a_crl_that_is_a_dangling_link_is_wanted_all_the_same(tmp_path: Path) -> None:
+    crl = tmp_path / "ca-crl.pem"
+    crl.symlink_to(tmp_path / "not-yet-there")
+    assert tls_files(tmp_path, anonymous=False, minimum="1.2").crl == crl
+
+
+def test_anonymous_clients_need_neither_ca_nor_crl(tmp_path: Path) -> None:
+    (tmp_path / "ca-crl.pem").touch()
+    found = tls_files(tmp_path, anonymous=True, minimum="1.2")
+    assert found.client_ca is None
+    assert found.crl is None
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_no_directory(kind: str, tmp_path: Path) -> None:
+    directory = tmp_path / "tls"
+    if kind == "a file":
+        directory.touch()
+    with pytest.raises(SettingsError, match=rf"^--tls-dir {directory}: not a directory$"):
+        tls_files(directory, anonymous=False, minimum="1.2")

@@ -20,6 +20,9 @@ from gateway.tls import server_context, server_names
 logger = logging.getLogger(__name__)
 
 _OTHER_DESCRIPTORS: Final = 64  # listeners, log, epoll, ...
+# How long a client without TLS is safe from being put out when all slots are taken; a handshake
+# takes five round trips at most.
+_UNPROVEN_S: Final = 1.5
 _BACK_OFF_S: Final = (0.005, 1.0)  # first and longest wait after an accept that failed
 # Out of descriptors or memory: it may get better. Everything else about a listener is a bug.
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -48,7 +51,7 @@ class Server:
         self._settings = settings
         self._context = None if settings.tls is None else server_context(settings.tls)
         self._slots = trio.Semaphore(settings.max_connections)
-        self._sessions: set[Session] = set()
+        self._sessions: dict[Session, None] = {}  # a set in the order of their beginning
         self._count = 0
 
     async def run(
@@ -94,7 +97,7 @@ class Server:
         while True:
             await trio.lowlevel.wait_readable(listener)
             # Taken before accept: a client that cannot be served waits in the backlog.
-            await self._slots.acquire()
+            await self._take_slot()
             try:
                 sock, address = listener.accept()
             except OSError as error:
@@ -110,14 +113,29 @@ class Server:
             back_off_s = _BACK_OFF_S[0]
             sessions.start_soon(self._serve, sock, address)
 
+    async def _take_slot(self) -> None:
+        """Wait for a slot. If none is free, end a session without TLS that is no longer new.
+
+        So silent clients keep nobody out for long. The oldest goes first.
+        """
+        while True:
+            if not self._slots.value:
+                for session in self._sessions:
+                    if session.unproven_s > _UNPROVEN_S:
+                        session.evict()
+                        break
+            with trio.move_on_after(_UNPROVEN_S):
+                await self._slots.acquire()
+                return
+
     async def _serve(self, sock: socket.socket, address: object) -> None:
         self._count += 1
         session = Session(sock, _peer(sock, address), self._count, self._settings, self._context)
-        self._sessions.add(session)
+        self._sessions[session] = None
         try:
             await session.run()
         finally:
-            self._sessions.discard(session)
+            del self._sessions[session]
             self._slots.release()
 
     async def _end_on_signal(

@@ -98,11 +98,13 @@ class Session:
         self._tls_words = "no TLS"
         self._terms: Terms | None = None
         self._shutting_down = False
+        self._negotiation = trio.CancelScope()
+        self._evicted = False
+        self._started = trio.current_time()
         _tune(sock)
 
     async def run(self) -> None:
         """Serve the client to its end. Cancelled: everything is closed in CLOSE_TIMEOUT_S."""
-        started = trio.current_time()
         end, detail = SessionEnd.SHUTDOWN, ""
         try:
             end, detail = await self._serve()
@@ -127,7 +129,7 @@ class Session:
                 self._log.exception("bug: closing this session in disorder")
             finally:
                 await self._upstream.aclose()
-                self._log_end(end, detail, trio.current_time() - started)
+                self._log_end(end, detail, trio.current_time() - self._started)
 
     def shutdown(self) -> None:
         """Begin to end: no new options or requests, what is in flight goes on to its end.
@@ -141,14 +143,31 @@ class Session:
         elif self._machine is not None:
             self._machine.shutdown()
 
+    @property
+    def unproven_s(self) -> float:
+        """For how many seconds this client has not proved anything; 0 once TLS is up or `evict`
+        was called."""
+        proven = isinstance(self._machine, Haggling) or self._relay is not None
+        if self._context is None or proven or self._evicted:
+            return 0.0
+        return trio.current_time() - self._started
+
+    def evict(self) -> None:
+        """End a session that is `unproven_s`, to make room."""
+        self._evicted = True
+        self._negotiation.cancel()
+
     # -- the order of things
 
     async def _serve(self) -> tuple[SessionEnd, str]:
         agreed = None
-        with trio.move_on_after(self._settings.handshake_timeout_s):
+        self._negotiation.deadline = self._started + self._settings.handshake_timeout_s
+        with self._negotiation:
             agreed = await self._negotiate()
         if agreed is None:
-            raise _Ended(SessionEnd.TIMEOUT)
+            if not isinstance(self._machine, Haggling):
+                self._channel.close()  # before TLS there is no end to be polite about
+            raise _Ended(SessionEnd.TIMEOUT, "others wait for its place" if self._evicted else "")
         return await self._transmit(agreed)
 
     async def _negotiate(self) -> _Agreed:

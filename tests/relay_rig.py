@@ -45,9 +45,7 @@ from tests.support.rawclient import (
 )
 
 STALL_S = 20.0  # a test that reaches it has found a stall
-KIB, MIB = 1 << 10, 1 << 20
-# What may be on its way in one direction: two kernel buffers, one of ours, and their overhead.
-ON_THE_WAY = 2 * MIB
+MIB = 1 << 20
 FEATURES = (
     TransmissionFlag.HAS_FLAGS
     | TransmissionFlag.SEND_FLUSH

@@ -185,6 +185,8 @@ class Relay:
                 if transmission.client_done:
                     return await self._client_done(SessionEnd.DISCONNECTED)
                 self._end_if_idle()
+            else:
+                stream.done_with(0)  # nothing but half a record: no reason to hold a buffer
             if client.eof:
                 return await self._client_done(SessionEnd.CLIENT_LEFT)
 
@@ -257,6 +259,8 @@ class Relay:
                     self.detail = "it is shutting down"
                     await self._take_leave()
                     break
+            else:
+                stream.done_with(0)
             self._end_if_idle()
             if stream.channel.eof:
                 break

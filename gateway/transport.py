@@ -233,7 +233,7 @@ class TLSChannel(Channel):
         except OSError as error:
             if filled == 0:
                 raise ChannelClosed(_reason(error)) from error
-            self._drained = False  # the next call meets the error again
+            self._drained = False  # the next call meets the end
         self.bytes_read += filled
         return filled
 

@@ -115,8 +115,10 @@ class Session:
         except PeerError as fault:
             end, detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
         except ChannelClosed as closed:
-            # Perhaps behind a refusal: clients need not wait for the answer to their ABORT.
-            end, detail = SessionEnd.CLIENT_LEFT, self._refused() or str(closed)
+            if self._channel.bytes_read == 0 and self._machine is None:
+                end = SessionEnd.PROBE  # gone with our greeting unread, which makes it a reset
+            else:  # perhaps behind a refusal: clients need not wait for the answer to an ABORT
+                end, detail = SessionEnd.CLIENT_LEFT, self._refused() or str(closed)
         except Exception:  # a bug costs this client only
             end = SessionEnd.BUG
             self._log.exception("bug: dropping this client only")

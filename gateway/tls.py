@@ -75,6 +75,8 @@ def server_context(settings: TLSSettings) -> ssl.SSLContext:
     # rules. No renegotiation.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    # Some builds of Python set it: a connection that is cut would pass for one that is closed.
+    context.options &= ~int(getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0))
     _check_pem("--cert", settings.cert, "a certificate", x509.load_pem_x509_certificates)
     _read("--key", settings.key)
     try:

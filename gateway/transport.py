@@ -228,12 +228,13 @@ class TLSChannel(Channel):
             # A key update that OpenSSL wants to answer. It does so with our next write. (While one
             # of our writes is half done, OpenSSL 3.0 gives up instead, and the session ends.)
             self._drained = True
-        except ssl.SSLEOFError:
-            self.eof = self.truncated = True
         except OSError as error:
-            if filled == 0:
+            if _is_cut(error):
+                self.eof = self.truncated = True
+            elif filled == 0:
                 raise ChannelClosed(_reason(error)) from error
-            self._drained = False  # the next call meets the end
+            else:
+                self._drained = False  # the next call meets the end
         self.bytes_read += filled
         return filled
 
@@ -268,8 +269,15 @@ class TLSChannel(Channel):
         await super().aclose()
 
 
-def _reason(error: OSError) -> str:
+def _is_cut(error: OSError) -> bool:
+    """Whether the peer ended the connection, and not TLS. Older Pythons have no type for it."""
     if isinstance(error, ssl.SSLEOFError):
+        return True
+    return isinstance(error, ssl.SSLError) and error.reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
+def _reason(error: OSError) -> str:
+    if _is_cut(error):
         return "connection cut without an end of TLS"
     if isinstance(error, ssl.SSLError):
         return error.reason or str(error)

@@ -159,7 +159,7 @@ def _allow_descriptors(clients: int) -> None:
     """Two sockets a client: raise our soft limit as far as it takes, and say if it cannot be."""
     needed = 2 * clients + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if needed <= soft:
+    if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

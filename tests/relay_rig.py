@@ -6,6 +6,7 @@ there at once, so when all tasks wait, all that can be done has been done.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import ssl
@@ -17,7 +18,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway.errors import SessionEnd
+from gateway.errors import ChannelClosed, SessionEnd
 from gateway.nbd.constants import TransmissionFlag
 from gateway.nbd.pairing import Terms
 from gateway.nbd.transmission import Transmission
@@ -157,9 +158,14 @@ class Rig:
         self.client, self.upstream = Peer(far[0]), Peer(far[1])
         self._ended = trio.Event()
         self.end: SessionEnd | None = None
+        self.scope = trio.CancelScope()
 
     async def serve(self, terms: Terms, first: bytes) -> None:
-        """As a session does it."""
+        """As a session does it. `scope` is for those that have to be cut."""
+        with self.scope:
+            await self._serve(terms, first)
+
+    async def _serve(self, terms: Terms, first: bytes) -> None:
         client, upstream = self.near
         self.relay = Relay(client, upstream, Transmission(terms))
         try:
@@ -265,3 +271,9 @@ def vanish(rig: Rig) -> None:
 def die(rig: Rig) -> None:
     """The upstream is gone."""
     rig.upstream.channel.close()
+
+
+async def quietly(send: Callable[..., Awaitable[None]], data: bytes) -> None:
+    """Send what may be cut off at any moment."""
+    with contextlib.suppress(trio.ClosedResourceError, ChannelClosed):
+        await send(data)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
-from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from gateway import relay
-from gateway.errors import ChannelClosed, SessionEnd
+from gateway.errors import SessionEnd
 from gateway.relay import BUFFER_SIZE
 from tests import relay_rig
 from tests.relay_rig import (
@@ -22,6 +20,7 @@ from tests.relay_rig import (
     READ_ONLY,
     Lane,
     die,
+    quietly,
     reads,
     same,
     vanish,
@@ -298,12 +297,6 @@ async def test_half_a_record_holds_no_buffer(lane: Lane, buffers: Buffers) -> No
     socket.socket.send(rig.client.channel.socket, b"\x17\x03\x03\x40\x00" + bytes(100))
     await wait_all_tasks_blocked()
     assert not buffers.out
-
-
-async def quietly(send: Callable[..., Awaitable[None]], data: bytes) -> None:
-    """Send what may be cut off at any moment."""
-    with contextlib.suppress(trio.ClosedResourceError, ChannelClosed):
-        await send(data)
 
 
 @BOTH_STYLES

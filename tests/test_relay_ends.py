@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 
 import pytest
@@ -9,7 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.errors import SessionEnd
-from gateway.relay import DISC_TIMEOUT_S, FINISH_TIMEOUT_S, LOST_TIMEOUT_S
+from gateway.relay import DISC_TIMEOUT_S, FINISH_TIMEOUT_S, LAST_WORD_TIMEOUT_S, LOST_TIMEOUT_S
 from tests import relay_rig
 from tests.relay_rig import (
     BOTH_STYLES,
@@ -19,6 +20,7 @@ from tests.relay_rig import (
     Lane,
     Rig,
     die,
+    quietly,
     reads,
     same,
     vanish,
@@ -124,6 +126,26 @@ async def test_slow_client_gets_what_it_asked_for_before_disc(
     assert await rig.ended() == SessionEnd.DISCONNECTED
 
 
+@pytest.mark.parametrize("end", [SessionEnd.DISCONNECTED, SessionEnd.SHUTDOWN])
+async def test_last_answer_is_walked_but_not_yet_sent(lane: Lane, end: SessionEnd) -> None:
+    """Nothing is in flight any more, and still the client has not got it all."""
+    rig = await lane()
+    rig.near[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    (one,) = reads(1, 100_000)
+    await rig.client.ask(one)
+    await rig.upstream.answer(await rig.upstream.request())
+    await wait_all_tasks_blocked()
+    if end is SessionEnd.DISCONNECTED:
+        await rig.client.send(DISC)
+    else:
+        rig.relay.shutdown()
+    await wait_all_tasks_blocked()
+    assert rig.end is None
+    await rig.client.read_reply(one, structured=False)
+    assert await rig.client.to_end() == b""
+    assert await rig.ended() == end
+
+
 async def test_bytes_behind_disc_go_nowhere(lane: Lane) -> None:
     rig = await lane()
     flush = Request(Cmd.FLUSH, cookie=1)
@@ -168,6 +190,22 @@ async def test_answers_after_disc_are_waited_for_but_not_for_ever(
     assert await rig.ended() == SessionEnd.DISCONNECTED
 
 
+async def test_session_that_is_cut_while_it_writes_to_the_upstream(lane: Lane) -> None:
+    """The upstream gets a part of the write, and no DISC: it would take that for data."""
+    rig = await lane()
+    rig.near[1].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    one = write(100_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(quietly, rig.client.send, one.pack())
+        assert (await rig.upstream.take(28))[:4] == one.pack()[:4]
+        await wait_all_tasks_blocked()
+        rig.scope.cancel()
+        got = await rig.upstream.to_end()
+        nursery.cancel_scope.cancel()
+    assert len(got) < len(one.payload)
+    assert one.payload.startswith(got)
+
+
 # ---------------------------------------------------------------- a client that is gone
 
 
@@ -199,6 +237,23 @@ async def test_client_vanishes_inside_a_reply(lane: Lane) -> None:
     await rig.upstream.answer(second)
     assert await rig.upstream.to_end() == DISC
     assert await rig.ended() == SessionEnd.CLIENT_LEFT
+
+
+async def test_session_that_is_cut_lets_the_upstream_finish_its_answers(
+    lane: Lane, mock_clock: MockClock
+) -> None:
+    """If it does so at once: a second here, and not for ever."""
+    rig = await lane()
+    asked = reads(2, MIB)
+    await rig.client.ask(*asked)
+    seen = [await rig.upstream.request() for _ in asked]
+    rig.scope.cancel()
+    await wait_all_tasks_blocked()
+    await rig.upstream.answer(seen[0])
+    await wait_all_tasks_blocked()
+    assert rig.near[1].socket.fileno() >= 0
+    mock_clock.jump(LAST_WORD_TIMEOUT_S + 0.1)
+    assert await rig.upstream.to_end() == DISC
 
 
 async def test_upstream_that_never_finishes_is_closed(lane: Lane, mock_clock: MockClock) -> None:

@@ -1,4 +1,4 @@
-"""gateway.server: accepting in bad times, slots, signals, and an end that leaves nothing behind."""
+"""gateway.server: starting, accepting in bad times, and slots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import trio
@@ -25,146 +22,121 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from gateway import server as server_module
 from gateway.errors import ListenError, SettingsError
 from gateway.server import Server
-from gateway.settings import ListenTCP, ListenUnix, Settings, TLSSettings
-from tests.support.fake_upstream import FakeUpstream, Link, Script, pattern
+from gateway.settings import ListenTCP, ListenUnix, Settings
+from tests import server_rig
+from tests.server_rig import (
+    Clients,
+    Start,
+    in_thread,
+    is_waiting,
+    leave,
+    messages,
+    read_works,
+)
+from tests.support.fake_upstream import FakeUpstream
 from tests.support.gateway import ROOT, Output, environment
 from tests.support.peers import wait_until
 from tests.support.rawclient import (
-    GREETING,
-    Cmd,
     Opt,
     RawClient,
     Rep,
-    Request,
-    dial,
     tls_context,
 )
 
-T = TypeVar("T")
-DISC = Request(Cmd.DISC, cookie=0).pack()
+fake, settings, clients, start = (
+    server_rig.fake,
+    server_rig.settings,
+    server_rig.clients,
+    server_rig.start,
+)
 
 
-async def in_thread(function: Callable[..., T], *args: object) -> T:
-    """Clients and fakes are blocking programs; the gateway runs meanwhile."""
-    return await trio.to_thread.run_sync(function, *args)
+# ---------------------------------------------------------------- starting
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeUpstream]:
-    with FakeUpstream(tmp_path / "up") as fake:
-        yield fake
-        assert not fake.errors
+async def test_uris_are_there_when_it_listens(
+    start: Start, settings: Settings, clients: Clients, tmp_path: Path
+) -> None:
+    listen = (ListenTCP("127.0.0.1", 0), ListenTCP("::1", 0), ListenUnix(str(tmp_path / "front")))
+    running = await start(dataclasses.replace(settings, listen=listen, export="d k"))
+    assert [uri.partition("://")[0] for uri in running.uris] == ["nbds", "nbds", "nbds+unix"]
+    assert all("/d%20k" in uri for uri in running.uris)
+    for uri in running.uris:
+        await clients.greeted(uri)
 
 
-@pytest.fixture
-def settings(fake: FakeUpstream, pki: Path) -> Settings:
-    files = TLSSettings(pki / "server-cert.pem", pki / "server-key.pem", pki / "ca-cert.pem")
-    return Settings(str(fake.path), files, (ListenTCP("127.0.0.1", 0),))
+async def test_address_in_the_log(
+    start: Start,
+    settings: Settings,
+    clients: Clients,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    listen = (ListenTCP("127.0.0.1", 0), ListenTCP("::1", 0), ListenUnix(str(tmp_path / "front")))
+    running = await start(dataclasses.replace(settings, listen=listen))
+    for uri in running.uris:
+        client = await clients.greeted(uri)
+        client.send(b"garbage, and a good deal of it")
+        await in_thread(client.recv_to_end)
+        client.close()
+
+    def closed() -> list[str]:
+        return [text for text in messages(caplog, logging.INFO) if ": closed: " in text]
+
+    while len(closed()) < 3:
+        await wait_all_tasks_blocked()
+    v4, v6, unix = (text.partition(": closed")[0] for text in closed())
+    assert v4.startswith("[1] 127.0.0.1:")
+    assert v6.startswith("[2] [::1]:")
+    assert unix == "[3] unix"
 
 
-class Running:
-    """A server in this process. `drained` is what `run` returned."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.server = Server(settings)
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.drained: bool | None = None
-        self.uris: list[str] = []
-
-    async def run(self, task_status: trio.TaskStatus[list[str]]) -> None:
-        try:
-            with self.scope:
-                self.drained = await self.server.run(task_status=task_status)
-        finally:
-            self.ended.set()
-
-    @property
-    def uri(self) -> str:
-        return self.uris[0]
+async def test_cannot_listen(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "front"
+    path.touch()
+    server = Server(dataclasses.replace(settings, listen=(ListenUnix(str(path)),)))
+    with pytest.raises(ListenError, match="the file exists"):
+        await server.run()
 
 
-Start = Callable[[Settings], Awaitable[Running]]
+async def test_without_tls_only_here(settings: Settings) -> None:
+    server = Server(dataclasses.replace(settings, tls=None, listen=(ListenTCP(None, 0),)))
+    with pytest.raises(SettingsError, match="--tls off"):
+        await server.run()
 
 
-class Clients:
-    """Raw clients, that are closed at the end of the test."""
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, 4096, 1024),
+        (100, 4096, 264),
+        (100, resource.RLIM_INFINITY, 264),
+        (100, 200, 200),
+        (200, 200, 200),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_descriptors_for_all_clients(
+    soft: int,
+    hard: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two a client: the soft limit is raised as far as it has to be, or it is said."""
+    now = [soft, hard]
 
-    def __init__(self, pki: Path) -> None:
-        self._pki = pki
-        self._all: list[RawClient] = []
+    def setrlimit(_: int, limits: tuple[int, int]) -> None:
+        now[:] = limits
 
-    def close(self) -> None:
-        for client in self._all:
-            client.close()
-
-    def connect(self, uri: str) -> RawClient:
-        """In the listen queue at least."""
-        client = RawClient(uri)
-        self._all.append(client)
-        return client
-
-    async def greeted(self, uri: str) -> RawClient:
-        client = self.connect(uri)
-        await in_thread(client.greet)
-        return client
-
-    async def opened(self, uri: str) -> RawClient:
-        client = await self.greeted(uri)
-        await in_thread(client.start_tls, tls_context(self._pki))
-        await in_thread(client.go)
-        return client
-
-
-@pytest.fixture
-def clients(pki: Path) -> Iterator[Clients]:
-    clients = Clients(pki)
-    yield clients
-    clients.close()
-
-
-@pytest.fixture
-async def start(nursery: trio.Nursery, clients: Clients) -> AsyncIterator[Start]:
-    running = []
-
-    async def start(settings: Settings) -> Running:
-        one = Running(settings)
-        running.append(one)
-        one.uris = await nursery.start(one.run)
-        return one
-
-    yield start
-    clients.close()  # first: else the server would wait for them, while a clock stands still
-    for one in running:
-        one.scope.cancel()
-        await one.ended.wait()
-
-
-def read_works(client: RawClient) -> None:
-    client.send(Request(Cmd.READ, 512, 512, cookie=7).pack())
-    assert client.recv_exactly(16 + 512)[16:] == pattern(512, 512)
-
-
-def leave(client: RawClient) -> None:
-    client.send(DISC)
-    assert client.recv_to_end() == b""
-    client.close()
-
-
-def is_waiting(client: RawClient) -> bool:
-    """Nothing has come for it: it is in the listen queue."""
-    client.sock.setblocking(False)
-    try:
-        client.sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return True
-    finally:
-        client.sock.settimeout(15)
-    return False
-
-
-def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
-    return [one.getMessage() for one in caplog.records if one.levelno == level]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    server_module._allow_descriptors(100)
+    assert now == [expected, hard]
+    warnings = messages(caplog, logging.WARNING)
+    assert len(warnings) == (expected == 200)
+    assert all("100 clients need 264 descriptors, and 200 are" in text for text in warnings)
 
 
 # ---------------------------------------------------------------- accepting
@@ -393,290 +365,3 @@ async def test_bug_in_one_session_costs_no_other(
             client.close()
     await in_thread(read_works, witness)
     await clients.opened(running.uri)
-
-
-# ---------------------------------------------------------------- the end
-
-
-class Slow(Script):
-    """Keeps its answers back until `go_on` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go_on = threading.Event()
-
-    def requested(self, link: Link, request: Request) -> None:
-        self.go_on.wait()
-        super().requested(link, request)
-
-
-@pytest.fixture
-def slow(fake: FakeUpstream) -> Iterator[Slow]:
-    fake.script = slow = Slow()
-    yield slow
-    slow.go_on.set()
-
-
-async def request_in_flight(uri: str, clients: Clients, fake: FakeUpstream) -> RawClient:
-    client = await clients.opened(uri)
-    link = fake.links[-1]
-    client.send(Request(Cmd.READ, 0, 512, cookie=3).pack())
-    await in_thread(fake.wait, lambda: link.requests, "the request upstream")
-    return client
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_drain(
-    start: Start,
-    settings: Settings,
-    clients: Clients,
-    fake: FakeUpstream,
-    slow: Slow,
-    mock_clock: MockClock,
-    caplog: pytest.LogCaptureFixture,
-    number: signal.Signals,
-) -> None:
-    """Time stands still here: nothing of this end is a matter of a time-out."""
-    caplog.set_level(logging.INFO)
-    running = await start(settings)
-    busy = await request_in_flight(running.uri, clients, fake)
-    idle = await clients.opened(running.uri)
-    haggling = await clients.greeted(running.uri)
-    signal.raise_signal(number)
-    # Idle sessions end, listeners are closed, negotiations are refused.
-    assert await in_thread(idle.recv_to_end) == b""
-    assert idle.ended == "close_notify"
-    idle.close()
-    with pytest.raises(ConnectionRefusedError):
-        dial(running.uri)
-    assert await in_thread(haggling.verdict, Opt.STARTTLS) == Rep.ERR_SHUTDOWN
-    haggling.close()
-    await wait_all_tasks_blocked()
-    assert running.drained is None
-    # What is in flight is finished.
-    slow.go_on.set()
-    assert (await in_thread(busy.recv_exactly, 16 + 512))[16:] == pattern(0, 512)
-    assert await in_thread(busy.recv_to_end) == b""
-    assert busy.ended == "close_notify"
-    busy.close()
-    await running.ended.wait()
-    assert running.drained is True
-    assert {(await in_thread(fake.wait_end, i)).end for i in range(2)} == {"disc"}
-    said = messages(caplog, logging.INFO)
-    assert f"{number.name}: ending" in said
-    assert "listeners closed, 3 sessions to end" in said
-
-
-async def test_drain_of_nobody(start: Start, settings: Settings, mock_clock: MockClock) -> None:
-    running = await start(settings)
-    signal.raise_signal(signal.SIGTERM)
-    await running.ended.wait()
-    assert running.drained is True
-
-
-async def test_drain_has_a_limit(
-    start: Start,
-    settings: Settings,
-    clients: Clients,
-    fake: FakeUpstream,
-    slow: Slow,
-    mock_clock: MockClock,
-) -> None:
-    running = await start(settings)
-    busy = await request_in_flight(running.uri, clients, fake)
-    signal.raise_signal(signal.SIGTERM)
-    await wait_all_tasks_blocked()
-    mock_clock.jump(settings.drain_timeout_s - 0.1)
-    await wait_all_tasks_blocked()
-    assert not running.ended.is_set()
-    mock_clock.jump(0.2)
-    assert await in_thread(busy.recv_to_end) == b""
-    busy.close()
-    await wait_all_tasks_blocked()
-    mock_clock.jump(10.0)  # for the upstream's last words
-    await running.ended.wait()
-    assert running.drained is False
-
-
-async def test_second_signal_cuts(
-    start: Start,
-    settings: Settings,
-    clients: Clients,
-    fake: FakeUpstream,
-    slow: Slow,
-    mock_clock: MockClock,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    running = await start(settings)
-    busy = await request_in_flight(running.uri, clients, fake)
-    signal.raise_signal(signal.SIGTERM)
-    await wait_all_tasks_blocked()
-    signal.raise_signal(signal.SIGINT)
-    assert await in_thread(busy.recv_to_end) == b""
-    busy.close()
-    await wait_all_tasks_blocked()
-    mock_clock.jump(10.0)
-    await running.ended.wait()
-    assert running.drained is False
-    assert "second signal: ending now" in messages(caplog, logging.WARNING)
-
-
-async def test_clients_in_the_queue_at_the_end(
-    start: Start, settings: Settings, clients: Clients, mock_clock: MockClock
-) -> None:
-    """They were never served, and are not now: their connection just closes."""
-    running = await start(dataclasses.replace(settings, max_connections=1))
-    client = await clients.opened(running.uri)
-    waiting = clients.connect(running.uri)
-    await wait_all_tasks_blocked()
-    signal.raise_signal(signal.SIGTERM)
-    assert await in_thread(client.recv_to_end) == b""
-    client.close()
-    await running.ended.wait()
-    assert running.drained is True
-    with contextlib.suppress(ConnectionResetError):
-        assert waiting.sock.recv(GREETING.size) == b""
-
-
-async def test_signals_are_left_alone_if_not_wanted(settings: Settings) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    async with trio.open_nursery() as nursery:
-        server = Server(settings)
-        await nursery.start(functools.partial(server.run, handle_signals=False))
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-        nursery.cancel_scope.cancel()
-
-
-def sockets() -> int:
-    found = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-    return found
-
-
-@pytest.mark.parametrize("how", ["signal", "cancel"])
-async def test_nothing_is_left(
-    nursery: trio.Nursery,
-    settings: Settings,
-    clients: Clients,
-    fake: FakeUpstream,
-    tmp_path: Path,
-    how: str,
-) -> None:
-    """No task, no descriptor, no socket file, no connection to the upstream."""
-    path = tmp_path / "front"
-    listen = (ListenTCP(None, 0), ListenUnix(str(path)))
-    before = sockets(), len(nursery.child_tasks)
-    running = Running(dataclasses.replace(settings, listen=listen))
-    running.uris = await nursery.start(running.run)
-    tcp, unix = running.uris
-    tcp = tcp.replace(str(tcp.split("/")[2].rpartition(":")[0]), "127.0.0.1")
-    open_ones = [await clients.opened(uri) for uri in (tcp, unix, tcp)]
-    open_ones += [await clients.greeted(uri) for uri in (tcp, unix)]
-    if how == "signal":
-        signal.raise_signal(signal.SIGTERM)
-        await wait_all_tasks_blocked()
-        for client in open_ones[3:]:
-            client.close()
-    else:
-        running.scope.cancel()
-    for client in open_ones[:3]:
-        assert await in_thread(client.recv_to_end) == b""
-    for client in open_ones:
-        client.close()
-    await running.ended.wait()
-    assert running.drained is (True if how == "signal" else None)
-    assert not path.exists()
-    for index in range(3):
-        assert (await in_thread(fake.wait_end, index)).end == "disc"
-    await wait_all_tasks_blocked()
-    assert (sockets(), len(nursery.child_tasks)) == before
-
-
-# ---------------------------------------------------------------- starting
-
-
-async def test_uris_are_there_when_it_listens(
-    start: Start, settings: Settings, clients: Clients, tmp_path: Path
-) -> None:
-    listen = (ListenTCP("127.0.0.1", 0), ListenTCP("::1", 0), ListenUnix(str(tmp_path / "front")))
-    running = await start(dataclasses.replace(settings, listen=listen, export="d k"))
-    assert [uri.partition("://")[0] for uri in running.uris] == ["nbds", "nbds", "nbds+unix"]
-    assert all("/d%20k" in uri for uri in running.uris)
-    for uri in running.uris:
-        await clients.greeted(uri)
-
-
-async def test_address_in_the_log(
-    start: Start,
-    settings: Settings,
-    clients: Clients,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    listen = (ListenTCP("127.0.0.1", 0), ListenTCP("::1", 0), ListenUnix(str(tmp_path / "front")))
-    running = await start(dataclasses.replace(settings, listen=listen))
-    for uri in running.uris:
-        client = await clients.greeted(uri)
-        client.send(b"garbage, and a good deal of it")
-        await in_thread(client.recv_to_end)
-        client.close()
-
-    def closed() -> list[str]:
-        return [text for text in messages(caplog, logging.INFO) if ": closed: " in text]
-
-    while len(closed()) < 3:
-        await wait_all_tasks_blocked()
-    v4, v6, unix = (text.partition(": closed")[0] for text in closed())
-    assert v4.startswith("[1] 127.0.0.1:")
-    assert v6.startswith("[2] [::1]:")
-    assert unix == "[3] unix"
-
-
-async def test_cannot_listen(settings: Settings, tmp_path: Path) -> None:
-    path = tmp_path / "front"
-    path.touch()
-    server = Server(dataclasses.replace(settings, listen=(ListenUnix(str(path)),)))
-    with pytest.raises(ListenError, match="the file exists"):
-        await server.run()
-
-
-async def test_without_tls_only_here(settings: Settings) -> None:
-    server = Server(dataclasses.replace(settings, tls=None, listen=(ListenTCP(None, 0),)))
-    with pytest.raises(SettingsError, match="--tls off"):
-        await server.run()
-
-
-@pytest.mark.parametrize(
-    ("soft", "hard", "expected"),
-    [
-        (1024, 4096, 1024),
-        (100, 4096, 264),
-        (100, resource.RLIM_INFINITY, 264),
-        (100, 200, 200),
-        (200, 200, 200),
-        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
-    ],
-)
-def test_descriptors_for_all_clients(
-    soft: int,
-    hard: int,
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Two a client: the soft limit is raised as far as it has to be, or it is said."""
-    now = [soft, hard]
-
-    def setrlimit(_: int, limits: tuple[int, int]) -> None:
-        now[:] = limits
-
-    monkeypatch.setattr(server_module.resource, "getrlimit", lambda _: tuple(now))
-    monkeypatch.setattr(server_module.resource, "setrlimit", setrlimit)
-    server_module._allow_descriptors(100)
-    assert now == [expected, hard]
-    warnings = messages(caplog, logging.WARNING)
-    assert len(warnings) == (expected == 200)
-    assert all("100 clients need 264 descriptors, and 200 are" in text for text in warnings)

@@ -1,15 +1,10 @@
-"""gateway.upstream: dialling servers of each style, what is asked of them, and how they fail."""
+"""gateway.upstream: servers of each style, what is asked of them, and how they are left."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import socket
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,94 +23,28 @@ from gateway.nbd.pairing import (
     Open,
     QueryContexts,
     Refused,
-    Unavailable,
     UseStructuredReplies,
 )
 from gateway.nbd.wire import BlockSizes, ListedExport, disconnect_request
-from gateway.upstream import Upstream
+from tests import upstream_rig
 from tests.support.fake_upstream import ALL_FEATURES, MIB, FakeUpstream, Link, Script
 from tests.support.rawclient import (
     C_FIXED,
     C_NO_ZEROES,
     CLISERV,
-    GREETING,
-    IHAVEOPT,
     NBDMAGIC,
     Opt,
     Rep,
     Tf,
 )
+from tests.upstream_rig import GO, INFO, UNKNOWN, UNSUPPORTED, Dial, asked, ended
 
-LOG = logging.LoggerAdapter(logging.getLogger("gateway.session"), {})
-UNSUPPORTED = Refused(OurRep.ERR_UNSUP)
-UNKNOWN = Refused(OurRep.ERR_UNKNOWN)
-GO = Open("", (), go=True)
-INFO = Open("", (), go=False)
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeUpstream]:
-    with FakeUpstream(tmp_path / "up") as fake:
-        yield fake
-        assert not fake.errors
-
-
-Dial = Callable[..., Upstream]
-
-
-@pytest.fixture
-async def closing() -> AsyncExitStack:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def dial(tmp_path: Path, closing: AsyncExitStack) -> Dial:
-    """Upstreams of the fake, which are closed at the end."""
-
-    def dial(
-        path: Path | None = None, *, oldstyle_name: str = "", timeout_s: float = 10.0
-    ) -> Upstream:
-        path = path or tmp_path / "up"
-        made = Upstream(str(path), LOG, oldstyle_name=oldstyle_name, timeout_s=timeout_s)
-        closing.push_async_callback(made.aclose)
-        return made
-
-    return dial
-
-
-async def ended(fake: FakeUpstream, index: int = -1) -> Link:
-    return await trio.to_thread.run_sync(fake.wait_end, index)
-
-
-def asked(link: Link) -> list[int]:
-    return [opt for opt, _ in link.options]
-
-
-class Words:
-    """What was said of an upstream that cannot be used."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self._caplog = caplog
-        caplog.set_level(logging.DEBUG)
-
-    def said(self) -> list[tuple[int, str]]:
-        prefix = "upstream unavailable: "
-        found = [(one.levelno, one.getMessage()) for one in self._caplog.records]
-        return [(level, text[len(prefix) :]) for level, text in found if text.startswith(prefix)]
-
-    @property
-    def warning(self) -> str:
-        """The one that there is."""
-        ((level, text),) = self.said()
-        assert level == logging.WARNING
-        assert text.isprintable()
-        return text
-
-
-@pytest.fixture
-def words(caplog: pytest.LogCaptureFixture) -> Words:
-    return Words(caplog)
+fake, closing, dial, words = (
+    upstream_rig.fake,
+    upstream_rig.closing,
+    upstream_rig.dial,
+    upstream_rig.words,
+)
 
 
 # ---------------------------------------------------------------- fixed newstyle
@@ -315,224 +244,6 @@ async def test_oldstyle_has_one_export_of_the_name_that_we_give_it(
     assert fake.connects == 1
     assert await server.ask(GO) == UNKNOWN
     assert await server.ask(Open("disk", (), go=True)) == granted
-
-
-# ---------------------------------------------------------------- failures, in words
-
-
-async def test_no_socket(dial: Dial, tmp_path: Path, words: Words) -> None:
-    assert await dial(tmp_path / "nowhere").ask(GO) == Unavailable()
-    assert words.warning == f"{tmp_path}/nowhere: no such socket: is the NBD server running?"
-
-
-async def test_nobody_listens(dial: Dial, tmp_path: Path, words: Words) -> None:
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(tmp_path / "left"))
-    assert await dial(tmp_path / "left").ask(GO) == Unavailable()
-    assert "connection refused: nobody listens" in words.warning
-
-
-async def test_no_socket_but_a_file(dial: Dial, tmp_path: Path, words: Words) -> None:
-    (tmp_path / "file").touch()
-    assert await dial(tmp_path / "file").ask(GO) == Unavailable()
-    assert words.warning.startswith(f"{tmp_path}/file: ")
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Not root for a moment, since root may open every socket."""
-    mine = os.geteuid()
-    if mine == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(mine)
-
-
-async def test_no_permission(dial: Dial, words: Words) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        path = Path(folder, "up")
-        with FakeUpstream(path):
-            os.chmod(path, 0)
-            with as_nobody():
-                assert await dial(path).ask(GO) == Unavailable()
-    assert words.warning == (
-        f"{path}: permission denied: the gateway's user may not open this socket"
-    )
-
-
-@pytest.mark.parametrize(
-    ("first", "complaint"),
-    [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an NBD server"),
-        (b"NBDMAGIX", "not an NBD server"),
-        (struct.pack(">QQH", NBDMAGIC, 0x1234, 0), "unexpected version of the NBD protocol"),
-        (b"", "closed during the handshake, before a greeting"),
-        (b"NBDMAGIC", "closed during the handshake"),
-        (struct.pack(">QQQ", NBDMAGIC, CLISERV, MIB), "closed during the handshake"),
-        (struct.pack(">QQQI124x", NBDMAGIC, CLISERV, 1 << 63, 1), "size"),
-    ],
-)
-async def test_strange_greetings(
-    fake: FakeUpstream, dial: Dial, words: Words, first: bytes, complaint: str
-) -> None:
-    class Strange(Script):
-        def serve(self, link: Link) -> None:
-            link.send(first)
-
-    fake.script = Strange()
-    assert await dial().ask(GO) == Unavailable()
-    assert complaint in words.warning
-
-
-async def test_close_in_the_middle_of_an_answer(
-    fake: FakeUpstream, dial: Dial, words: Words
-) -> None:
-    whole = GREETING.size + 20 + 12 + 20
-    for cut in (GREETING.size, GREETING.size + 1, whole - 1):
-        fake.script.cut_after = cut
-        assert await dial().ask(GO) == Unavailable()
-    for _, text in words.said():  # perhaps with "(Broken pipe)"
-        assert text.startswith("upstream: closed during the handshake")
-        assert "before a greeting" not in text
-
-
-@pytest.mark.parametrize("after", [0, GREETING.size], ids=["no greeting", "no answer"])
-async def test_silence(
-    fake: FakeUpstream, dial: Dial, words: Words, mock_clock: MockClock, after: int
-) -> None:
-    class Silent(Script):
-        def serve(self, link: Link) -> None:
-            link.send(GREETING.pack(NBDMAGIC, IHAVEOPT, C_FIXED)[:after])
-            link.take_to_end()
-
-    fake.script = Silent()
-    server = dial(timeout_s=5.0)
-    async with trio.open_nursery() as nursery:
-        answers = []
-
-        async def ask() -> None:
-            answers.append(await server.ask(GO))
-
-        nursery.start_soon(ask)
-        await trio.to_thread.run_sync(fake.wait_link)
-        await wait_all_tasks_blocked()
-        mock_clock.jump(4.9)
-        await wait_all_tasks_blocked()
-        assert not answers
-        mock_clock.jump(0.2)
-    assert answers == [Unavailable()]
-    assert words.warning == f"{fake.path} did not answer within 5 s"
-    assert (await ended(fake)).end is not None
-
-
-async def test_full_backlog_is_waited_for(
-    dial: Dial, tmp_path: Path, mock_clock: MockClock
-) -> None:
-    """On a Unix socket that is an error and not a wait; then it is served all the same."""
-    path = tmp_path / "busy"
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
-        listener.bind(str(path))
-        listener.listen(0)
-        first.connect(str(path))
-        server = dial(path, timeout_s=5.0)
-        answers = []
-
-        async def ask() -> None:
-            answers.append(await server.ask(ListExports()))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-            await wait_all_tasks_blocked()
-            for _ in range(10):
-                mock_clock.jump(0.1)
-                await wait_all_tasks_blocked()
-            assert not answers
-            listener.accept()[0].close()
-            mock_clock.jump(0.1)
-            await wait_all_tasks_blocked()
-            accepted, _ = listener.accept()
-            accepted.sendall(struct.pack(">QQQI124x", NBDMAGIC, CLISERV, MIB, 1))
-        accepted.close()
-        assert answers == [UNSUPPORTED]
-
-
-async def test_out_of_descriptors(
-    dial: Dial, words: Words, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none_left(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(upstream.socket, "socket", none_left)
-    assert await dial().ask(GO) == Unavailable()
-    assert words.warning.endswith(": Too many open files")
-
-
-async def test_each_failure_is_a_warning_once(dial: Dial, tmp_path: Path, words: Words) -> None:
-    """Clients ask INFO, then GO, then with another name: one warning is enough."""
-    server = dial(tmp_path / "nowhere")
-    for question in (ListExports(), INFO, GO):
-        assert await server.ask(question) == Unavailable()
-    assert [level for level, _ in words.said()] == [logging.WARNING, logging.DEBUG, logging.DEBUG]
-
-
-async def test_server_that_comes_back_is_used_again(
-    dial: Dial, tmp_path: Path, words: Words
-) -> None:
-    server = dial()
-    assert await server.ask(INFO) == Unavailable()
-    with FakeUpstream(tmp_path / "up"):
-        assert isinstance(await server.ask(GO), Granted)
-
-
-async def test_what_was_agreed_is_not_forgotten_by_dialling_again(
-    fake: FakeUpstream, dial: Dial, words: Words
-) -> None:
-    """A client was promised structured replies: a new connection would know nothing of them."""
-
-    class Dies(Script):
-        def info(self, link: Link, opt: int, data: bytes) -> bool:
-            link.hang_up()
-            return False
-
-    fake.queue = [Dies()]
-    server = dial()
-    assert await server.ask(UseStructuredReplies()) == Acked()
-    assert await server.ask(INFO) == Unavailable()
-    assert await server.ask(GO) == Unavailable()
-    assert fake.connects == 1
-    assert "went away during the negotiation" in words.said()[-1][1]
-
-
-async def test_bytes_that_nobody_asked_for(fake: FakeUpstream, dial: Dial, words: Words) -> None:
-    class Talks(Script):
-        def option(self, link: Link, opt: int, data: bytes) -> bool:
-            super().option(link, opt, data)
-            self.reply(link, opt, Rep.ACK)
-            return False
-
-    fake.script = Talks()
-    assert await dial().ask(INFO) == Unavailable()
-    assert "bytes that nobody asked for" in words.warning
-
-
-async def test_cancelled_question_leaves_nothing_open(fake: FakeUpstream, dial: Dial) -> None:
-    class Silent(Script):
-        def option(self, link: Link, opt: int, data: bytes) -> bool:
-            link.take_to_end()
-            return False
-
-    fake.script = Silent()
-    server = dial()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.ask, GO)
-        link = await trio.to_thread.run_sync(fake.wait_link)
-        await trio.to_thread.run_sync(fake.wait, lambda: link.options, "the option")
-        nursery.cancel_scope.cancel()
-    await server.aclose()
-    await ended(fake)
 
 
 # ---------------------------------------------------------------- leaving

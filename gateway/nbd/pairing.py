@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.nbd.constants import TransmissionFlag
+from gateway.nbd.upgrades import Capabilities
 from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, BlockSizes, ListedExport, MetaContext
 
 # -- questions of the front end
@@ -17,6 +18,11 @@ from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, BlockSizes, ListedExport, Meta
 @dataclass(frozen=True, slots=True)
 class UseStructuredReplies:
     """NBD_OPT_STRUCTURED_REPLY. Answers: Acked, Refused, Unavailable."""
+
+
+@dataclass(frozen=True, slots=True)
+class UseExtendedHeaders:
+    """NBD_OPT_EXTENDED_HEADERS. Answers: Acked, Refused, Unavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Open:
     name: str  # the upstream's name
     infos: tuple[int, ...]  # NBD_INFO_*, what the client asked for
     go: bool
+    learn_sizes: bool = False  # also find out the block sizes, without a promise to obey them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class QueryContexts:
     select: bool
 
 
-Question = UseStructuredReplies | ListExports | Open | QueryContexts
+Question = UseStructuredReplies | UseExtendedHeaders | ListExports | Open | QueryContexts
 
 # -- answers of the upstream
 
@@ -90,13 +97,15 @@ class Granted:
     """What the upstream says of one export.
 
     `flags` is 0 when NBD_FLAG_HAS_FLAGS was missing; `block_sizes` is None when not advertised.
-    `infos` are the remaining NBD_REP_INFO payloads, information type included.
+    `infos` are the remaining NBD_REP_INFO payloads, information type included. `learnt_sizes` are
+    block sizes that nobody has promised to obey: see `Open.learn_sizes`.
     """
 
     size: int
     flags: int
     block_sizes: BlockSizes | None = None
     infos: tuple[tuple[int, bytes], ...] = ()
+    learnt_sizes: BlockSizes | None = None
 
 
 Answer = Acked | Refused | Unavailable | Listed | Contexts | Granted
@@ -107,15 +116,28 @@ Answer = Acked | Refused | Unavailable | Listed | Contexts | Granted
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Everything that the transmission phase needs to know of the haggling before it."""
+    """Everything that the transmission phase needs to know of the haggling before it.
+
+    `flags`, `structured_replies` and `block_sizes` are the client's view; where they promise more
+    than `upstream` keeps, the gateway does the rest itself.
+    """
 
     export: str  # the name that the client asked for
     size: int  # bytes
     flags: TransmissionFlag  # as the client was told
-    structured_replies: bool = False
+    structured_replies: bool = False  # false also with extended headers
+    extended_headers: bool = False  # always on both sides, or on neither
     contexts: tuple[MetaContext, ...] = ()
-    block_sizes: BlockSizes = DEFAULT_BLOCK_SIZES
+    block_sizes: BlockSizes = DEFAULT_BLOCK_SIZES  # what the client has to obey
+    upstream: Capabilities | None = None  # None: all that the client was told, and no more
 
     @property
     def read_only(self) -> bool:
         return bool(self.flags & TransmissionFlag.READ_ONLY)
+
+    @property
+    def served(self) -> Capabilities:
+        """What the upstream does itself."""
+        return self.upstream or Capabilities(
+            self.flags, self.structured_replies, self.block_sizes
+        )

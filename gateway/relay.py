@@ -7,13 +7,13 @@ A pump waits without a buffer, borrows one when bytes have come, moves as many a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import trio
 
 from gateway.errors import ChannelClosed, PeerError, SessionEnd
-from gateway.nbd.transmission import Transmission
+from gateway.nbd.transmission import Piece, Transmission
 from gateway.transport import RECORD, Channel
 
 BUFFER_SIZE: Final = 256 << 10  # bytes; more brought nothing, less costs system calls in bulk
@@ -101,7 +101,12 @@ class Relay:
         self._client = client
         self._upstream = upstream
         self._transmission = transmission
-        self._client_writer = trio.Lock()  # held from the start of a message to its end
+        # Each is held from the start of a message to its end:
+        self._client_writer = trio.Lock()
+        self._upstream_writer = trio.Lock()
+        self._follow_ups = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._sends_follow_ups = False
         self._upstream_gone = trio.Event()
         self._upstream_clean = True  # at a message boundary, as far as the upstream has seen
         self._scope = trio.CancelScope()
@@ -123,6 +128,7 @@ class Relay:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
                     nursery.start_soon(self._until_it_ends, self._pump_replies, self._replies)
                     await self._until_it_ends(self._pump_requests, requests)
                     nursery.cancel_scope.cancel()
@@ -193,31 +199,59 @@ class Relay:
     async def _forward(self, stream: _Stream) -> None:
         """Walk what is held, send it upstream, and answer what is answered here."""
         transmission = self._transmission
-        consumed, spans = transmission.requests(stream.buffer, 0, stream.held)
+        was_open = transmission.mid_request
+        consumed, pieces = transmission.requests(stream.buffer, 0, stream.held)
         if transmission.mid_payload and not stream.full:
             # A header without its payload: it is worth a system call to send both in one go.
             # If the client is gone, what is walked goes on, and the next read meets the error.
             with contextlib.suppress(ChannelClosed):
                 stream.read(probe=True)
             consumed, more = transmission.requests(stream.buffer, consumed, stream.held)
-            spans += more
-        if spans and not self._upstream_gone.is_set():
-            self._upstream_clean = False
+            pieces += more
+        if pieces and not self._upstream_gone.is_set():
+            if not was_open:
+                await _begin(self._upstream_writer)
             try:
-                with memoryview(stream.buffer) as view:
-                    for start, stop in spans:
-                        with view[start:stop] as span:
-                            await self._upstream.send_all(span)
-            except ChannelClosed:
-                # It may have left answers behind: the other pump reads them, up to its EOF.
-                self._upstream.shutdown()
-                await self._upstream_gone.wait()
-            else:
-                self._upstream_clean = not transmission.mid_request
+                await self._send_upstream(stream.buffer, pieces)
+            finally:
+                if not transmission.mid_request:
+                    self._upstream_writer.release()
         stream.done_with(consumed)
+        if transmission.follow_ups_due:
+            self._wake_follow_ups()
         if replies := transmission.take_local_replies():
             async with self._client_writer:
                 await self._client.send_all(replies)
+
+    async def _send_upstream(self, buffer: bytearray, pieces: Sequence[Piece]) -> None:
+        """Whole messages, or up to where the payload of the last is still to come."""
+        self._upstream_clean = False
+        try:
+            await send_pieces(self._upstream, buffer, pieces)
+        except ChannelClosed:
+            # It may have left answers behind: the other pump reads them, up to its EOF.
+            self._upstream.shutdown()
+            await self._upstream_gone.wait()
+        else:
+            self._upstream_clean = not self._transmission.mid_request
+
+    def _wake_follow_ups(self) -> None:
+        """Either pump may have made requests of our own; a task of its own sends them, for a pump
+        that waits for the upstream to take bytes would not take the upstream's."""
+        self._follow_ups.set()
+        if not self._sends_follow_ups:
+            assert self._nursery is not None
+            self._sends_follow_ups = True
+            self._nursery.start_soon(self._send_follow_ups)
+
+    async def _send_follow_ups(self) -> None:
+        transmission, nothing = self._transmission, bytearray()
+        while not self._upstream_gone.is_set():
+            await self._follow_ups.wait()
+            self._follow_ups = trio.Event()
+            while transmission.follow_ups_due and not self._upstream_gone.is_set():
+                async with self._upstream_writer:
+                    await self._send_upstream(nothing, transmission.take_follow_ups())
 
     async def _client_done(self, end: SessionEnd) -> None:
         """The client will send no more. Let what is in flight be answered, for a while."""
@@ -269,37 +303,19 @@ class Relay:
     async def _return(self, stream: _Stream) -> None:
         """Walk what is held and send it to the client, whole messages or held open."""
         transmission = self._transmission
-        start = stop = 0
+        was_open = transmission.mid_reply
+        consumed, pieces = transmission.replies(stream.buffer, 0, stream.held)
+        if transmission.follow_ups_due:
+            self._wake_follow_ups()
         try:
-            while True:
-                was_open = transmission.mid_reply
-                start, stop = stop, transmission.replies(stream.buffer, stop, stream.held)
-                trailer = transmission.trailer
-                if stop > start:
-                    if not was_open:
-                        await self._begin_message()
-                    with memoryview(stream.buffer) as view, view[start:stop] as span:
-                        await self._send_to_client(span, trailer)
-                    if not transmission.mid_reply:
-                        self._client_writer.release()
-                if not trailer:
-                    break
+            if pieces:
+                if not was_open:
+                    await _begin(self._client_writer)
+                await send_pieces(self._client, stream.buffer, pieces)
+                if not transmission.mid_reply:
+                    self._client_writer.release()
         finally:  # what is walked is never walked again, also if the client did not get it
-            stream.done_with(stop)
-
-    async def _send_to_client(self, span: memoryview, trailer: bytes) -> None:
-        if trailer:  # in one record with the end of what it follows
-            whole_records = len(span) - len(span) % RECORD
-            await self._client.send_all(span[:whole_records])
-            await self._client.send_all(bytes(span[whole_records:]) + trailer)
-        else:
-            await self._client.send_all(span)
-
-    async def _begin_message(self) -> None:
-        try:
-            self._client_writer.acquire_nowait()  # no turn of the loop when nobody else writes
-        except trio.WouldBlock:
-            await self._client_writer.acquire()
+            stream.done_with(consumed)
 
     async def _lose_upstream(self) -> None:
         """Tell the client that there is no upstream any more, and let it go in peace."""
@@ -314,7 +330,7 @@ class Relay:
             return
         with trio.move_on_after(LOST_TIMEOUT_S):
             if not was_open:
-                await self._begin_message()
+                await _begin(self._client_writer)
             for words in last_words:
                 await self._client.send_all(words)
             self._client_writer.release()
@@ -347,9 +363,45 @@ class Relay:
                 stream.read(at_least=transmission.wanted, probe=False)
             except ChannelClosed:
                 break
-            at = transmission.replies(stream.buffer, 0, stream.held)
-            while transmission.trailer:
-                at = transmission.replies(stream.buffer, at, stream.held)
-            stream.done_with(at)
+            consumed, _ = transmission.replies(stream.buffer, 0, stream.held)
+            stream.done_with(consumed)
             if stream.channel.eof:
                 break
+
+
+async def _begin(writer: trio.Lock) -> None:
+    try:
+        writer.acquire_nowait()  # no turn of the loop when nobody else writes
+    except trio.WouldBlock:
+        await writer.acquire()
+
+
+async def send_pieces(channel: Channel, buffer: bytearray, pieces: Sequence[Piece]) -> None:
+    """Send pieces of a buffer and others in as few calls as it takes. Raises ChannelClosed.
+
+    Small pieces are put together; what is large is sent from where it is, but for up to a TLS
+    record at its ends.
+    """
+    small: list[memoryview] = []
+    count = 0
+    with memoryview(buffer) as view:
+        for piece in pieces:
+            data = view[piece[0] : piece[1]] if isinstance(piece, tuple) else memoryview(piece)
+            if len(pieces) == 1:
+                await channel.send_all(data)
+            elif len(data) <= 2 * RECORD:
+                small.append(data)
+                count += len(data)
+            else:
+                head = -count % RECORD if count else 0
+                tail = (len(data) - head) % RECORD
+                if count:
+                    await channel.send_all(b"".join([*small, data[:head]]))
+                await channel.send_all(data[head : len(data) - tail])
+                small, count = [data[len(data) - tail :]], tail
+            if count >= BUFFER_SIZE:
+                await channel.send_all(b"".join(small))
+                small, count = [], 0
+        if count:
+            await channel.send_all(b"".join(small))
+        small.clear()

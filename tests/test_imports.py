@@ -66,10 +66,28 @@ TABLE = {
     "nbd.negotiation": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.handshake": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.transmission": Layer(
-        "nbd.requests nbd.replies nbd.pairing nbd.wire nbd.constants errors", pure=True
+        "nbd.request_walk nbd.reply_walk nbd.plans nbd.requests nbd.replies nbd.in_flight "
+        "nbd.framing nbd.pairing errors",
+        pure=True,
+    ),
+    "nbd.request_walk": Layer(
+        "nbd.plans nbd.requests nbd.replies nbd.in_flight nbd.framing nbd.wire nbd.constants "
+        "errors",
+        pure=True,
+    ),
+    "nbd.reply_walk": Layer(
+        "nbd.request_walk nbd.plans nbd.requests nbd.replies nbd.sparse nbd.in_flight nbd.framing "
+        "nbd.wire nbd.constants errors",
+        pure=True,
+    ),
+    "nbd.plans": Layer(
+        "nbd.requests nbd.replies nbd.in_flight nbd.framing nbd.constants", pure=True
     ),
     "nbd.requests": Layer("nbd.pairing nbd.constants errors", pure=True),
-    "nbd.replies": Layer("nbd.wire nbd.constants errors", pure=True),
+    "nbd.replies": Layer("nbd.in_flight nbd.framing nbd.wire nbd.constants errors", pure=True),
+    "nbd.sparse": Layer(pure=True),
+    "nbd.in_flight": Layer(pure=True),
+    "nbd.framing": Layer("nbd.wire nbd.constants", pure=True),
     "nbd.pairing": Layer("nbd.upgrades nbd.wire nbd.constants errors", pure=True),
     "nbd.upgrades": Layer("nbd.wire nbd.constants", pure=True),
     "nbd.uri": Layer("nbd.constants errors", pure=True),

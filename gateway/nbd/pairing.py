@@ -130,6 +130,7 @@ class Terms:
     contexts: tuple[MetaContext, ...] = ()
     block_sizes: BlockSizes = DEFAULT_BLOCK_SIZES  # what the client has to obey
     upstream: Capabilities | None = None  # None: all that the client was told, and no more
+    split: bool = False  # READ and WRITE beyond the upstream's maximum payload are taken apart
 
     @property
     def read_only(self) -> bool:
@@ -138,6 +139,4 @@ class Terms:
     @property
     def served(self) -> Capabilities:
         """What the upstream does itself."""
-        return self.upstream or Capabilities(
-            self.flags, self.structured_replies, self.block_sizes
-        )
+        return self.upstream or Capabilities(self.flags, self.structured_replies, self.block_sizes)

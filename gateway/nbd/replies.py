@@ -8,27 +8,38 @@ from bisect import bisect_right
 
 from gateway.errors import PeerError
 from gateway.nbd.constants import (
+    CHUNK_ERROR_BIT,
+    MAX_EXTENTS,
     MAX_STRING,
     SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
     Chunk,
     Cmd,
     CmdFlag,
     Error,
     ReplyFlag,
 )
-from gateway.nbd.wire import CHUNK, ERROR_CHUNK, SIMPLE_REPLY, U32, U64
+from gateway.nbd.framing import framing
+from gateway.nbd.in_flight import ErrorChunk, Request
+from gateway.nbd.wire import ERROR_CHUNK, HOLE, SIMPLE_REPLY, U32, U64
 
 _TEXTS = {
     Error.EPERM: b"this export is read-only",
-    Error.ENOSPC: b"beyond the end of the export",
+    Error.EIO: b"input/output error of the server",
+    Error.ENOMEM: b"the server is out of memory",
     Error.EINVAL: b"not a valid request for this export",
+    Error.ENOSPC: b"beyond the end of the export, or no space left",
+    Error.EOVERFLOW: b"too large for one reply",
+    Error.ENOTSUP: b"no faster than writing zeroes",
     Error.ESHUTDOWN: b"the server is gone or going: disconnect",
 }
+MAX_ERROR_DATA = 6 + MAX_STRING + 64  # room for the fields of error types yet unknown
 _MAX_RUNS = 4096  # pieces that do not touch: each costs time and memory
 # For a text that is no UTF-8, or moves the cursor: bytes that are not printable ASCII become "?".
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else ord("?") for byte in range(256))
 _LEGAL = frozenset(Error)
+# In front of the extents of a block status, and each of them: compact, extended.
+_STATUS_SIZES = ((4, 8), (8, 16))
+MAX_STATUS_DATA = 4 + 8 * MAX_EXTENTS
 _TRANSLATED = {
     errno.EROFS: Error.EPERM,
     errno.EDQUOT: Error.ENOSPC,
@@ -51,21 +62,50 @@ def _showable(text: bytearray) -> bytes | bytearray:
         return text.translate(_PRINTABLE)
 
 
-def success_reply(cookie: int, kind: int, *, structured: bool) -> bytes:
-    """Success without data: of a request of no bytes, or behind all the data."""
-    if structured and kind == Cmd.READ:
-        return CHUNK.pack(STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.NONE, cookie, 0)
-    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+class Replies:
+    """The replies that the gateway makes itself, in the style that the client has negotiated.
 
+    proto.md, "Simple reply message", "Structured reply chunk message", and "Extended reply chunk
+    message" of its branch extension-ext-header.
+    """
 
-def error_reply(cookie: int, error: int, *, structured: bool) -> bytes:
-    """An error; with structured replies it carries a text for the user."""
-    if not structured:
-        return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
-    text = _TEXTS[Error(error)]
-    data = ERROR_CHUNK.pack(error, len(text)) + text
-    header = CHUNK.pack(STRUCTURED_REPLY_MAGIC, ReplyFlag.DONE, Chunk.ERROR, cookie, len(data))
-    return header + data
+    def __init__(self, *, structured: bool, extended: bool) -> None:
+        self._chunks = structured or extended
+        self._extended = extended
+        self._framing = framing(extended=extended)
+
+    def success(self, request: Request) -> bytes:
+        """Success without data: of a request of no bytes, or behind all the data."""
+        if self._extended or (self._chunks and request.kind == Cmd.READ):
+            return self._chunk(request, ReplyFlag.DONE, Chunk.NONE, 0)
+        return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
+
+    def error(self, request: Request, error: int, chunk: ErrorChunk | None = None) -> bytes:
+        """An error; in a chunk it has a text for the user, ours unless `chunk` is given."""
+        if not self._chunks:
+            return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, request.cookie)
+        if chunk is None:
+            text = _TEXTS[Error(error)]
+            chunk = ErrorChunk(Chunk.ERROR, ERROR_CHUNK.pack(error, len(text)) + text)
+        header = self._chunk(request, ReplyFlag.DONE, chunk.kind, len(chunk.data))
+        return header + chunk.data
+
+    def data(self, request: Request, offset: int, count: int, *, done: bool) -> bytes:
+        """What stands before `count` bytes of data in the reply to a READ."""
+        if not self._chunks:
+            return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
+        header = self._chunk(
+            request, ReplyFlag.DONE if done else 0, Chunk.OFFSET_DATA, U64.size + count
+        )
+        return header + U64.pack(offset)
+
+    def hole(self, request: Request, offset: int, count: int, *, done: bool) -> bytes:
+        """`count` bytes of zeroes in the reply to a READ. Not for simple replies."""
+        header = self._chunk(request, ReplyFlag.DONE if done else 0, Chunk.OFFSET_HOLE, HOLE.size)
+        return header + HOLE.pack(offset, count)
+
+    def _chunk(self, request: Request, flags: int, kind: int, length: int) -> bytes:
+        return self._framing.pack_chunk(flags, kind, request.cookie, request.offset, length)
 
 
 class ChunkedReply:
@@ -78,6 +118,7 @@ class ChunkedReply:
     __slots__ = (
         "_context_ids",
         "_covered",
+        "_extended",
         "_failed",
         "_flags",
         "_kind",
@@ -86,23 +127,19 @@ class ChunkedReply:
         "_seen_ids",
         "_starts",
         "_stops",
+        "error_chunk",
     )
 
-    def __init__(
-        self,
-        kind: int,
-        flags: int,
-        offset: int,
-        length: int,
-        context_ids: frozenset[int],
-    ) -> None:
-        self._kind = kind
-        self._flags = flags
-        self._offset = offset
-        self._length = length
-        self._context_ids = context_ids
+    def __init__(self, request: Request, context_ids: frozenset[int], *, extended: bool) -> None:
+        self._kind = request.kind
+        self._flags = request.flags
+        self._offset = request.offset
+        self._length = request.length
+        self._context_ids = context_ids if request.context_ids is None else request.context_ids
+        self._extended = extended
         self._seen_ids: set[int] = set()
         self._failed = False
+        self.error_chunk: tuple[int, ErrorChunk] | None = None  # the first, for a plan
         self._covered = 0
         # Disjoint runs of bytes that content chunks have covered, sorted. One run, mostly.
         self._starts: list[int] = []
@@ -143,15 +180,43 @@ class ChunkedReply:
             starts.insert(after, start)
             stops.insert(after, stop)
 
+    def check_length(self, kind: int, length: int) -> None:
+        """The length of a chunk's payload, before that is waited for; OFFSET_DATA apart."""
+        status = Chunk.BLOCK_STATUS_EXT if self._extended else Chunk.BLOCK_STATUS
+        match kind:
+            case Chunk.NONE:
+                fits = length == 0
+            case Chunk.OFFSET_HOLE:
+                fits = length == HOLE.size
+            case _ if kind == status:
+                head, each = _STATUS_SIZES[self._extended]
+                fits = head + each <= length <= head + each * MAX_EXTENTS
+                fits = fits and (length - head) % each == 0
+            case Chunk.ERROR_OFFSET:
+                fits = ERROR_CHUNK.size + U64.size <= length <= MAX_ERROR_DATA
+            case _ if kind & CHUNK_ERROR_BIT:
+                fits = ERROR_CHUNK.size <= length <= MAX_ERROR_DATA
+            case _:
+                raise PeerError("upstream", f"unknown chunk type {kind}")
+        if not fits:
+            raise PeerError("upstream", f"chunk of type {kind:#x} with {length} bytes")
+
     def status(self, buffer: bytearray, at: int, length: int) -> None:
-        """NBD_REPLY_TYPE_BLOCK_STATUS: `length` bytes at `buffer[at:]`, of a legal length."""
+        """NBD_REPLY_TYPE_BLOCK_STATUS, or _EXT: `length` bytes at `buffer[at:]`, a legal length."""
         if self._kind != Cmd.BLOCK_STATUS:
             raise PeerError("upstream", "a block status that nobody asked for")
         (context,) = U32.unpack_from(buffer, at)
         if context not in self._context_ids or context in self._seen_ids:
             raise PeerError("upstream", f"block status for meta context id {context}")
         self._seen_ids.add(context)
-        lengths = struct.unpack_from(f">{(length - 4) // 4}I", buffer, at + 4)[::2]
+        head, each = _STATUS_SIZES[self._extended]
+        count = (length - head) // each
+        if self._extended and U32.unpack_from(buffer, at + 4)[0] != count:
+            raise PeerError("upstream", f"a wrong count of extents, where there are {count}")
+        words = struct.unpack_from(
+            f">{2 * count}{'Q' if self._extended else 'I'}", buffer, at + head
+        )
+        lengths = words[::2]
         if 0 in lengths:
             raise PeerError("upstream", "an extent of no bytes")
         if sum(lengths[:-1]) >= self._length:
@@ -188,4 +253,4 @@ class ChunkedReply:
         if self._kind == Cmd.READ and self._covered != self._length:
             raise PeerError("upstream", f"{self._covered} bytes for a read of {self._length}")
         if self._kind == Cmd.BLOCK_STATUS and self._seen_ids != self._context_ids:
-            raise PeerError("upstream", "block status without all the negotiated contexts")
+            raise PeerError("upstream", "block status without all the contexts asked for")

@@ -1,4 +1,4 @@
-"""What the gateway does itself for an upstream that cannot, and what may be told to clients then."""
+"""What the gateway does itself for an upstream that cannot, and what clients are told then."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def passes(one: Req, raw: bytes, given: Terms = STRUCTURED) -> None:
             assert seen_by_client(relay.client) == seen_by_client(swap_cookie(raw))
         assert relay.machine.idle
         assert not relay.machine.mid_reply
-        assert not relay.machine._chunked
+        assert not relay.machine._from_upstream._chunked
 
 
 def fault(one: Req, raw: bytes, given: Terms = STRUCTURED, good: bytes = b"") -> str:

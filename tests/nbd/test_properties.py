@@ -24,7 +24,7 @@ from gateway.nbd.negotiation import (
     StartTLS,
 )
 from gateway.nbd.pairing import Answer, Terms
-from gateway.nbd.transmission import MAX_STATUS_DATA
+from gateway.nbd.replies import MAX_STATUS_DATA
 from tests.nbd import strategies as some
 from tests.nbd.front import Front
 from tests.nbd.server import Server
@@ -294,7 +294,7 @@ def test_replies(
         waiting = relay.machine.in_flight
         relay.replies(cut(some_replies(relay, terms, seed), cuts))
         assert len(relay._from_upstream) <= 20 + MAX_STATUS_DATA or relay.machine.upstream_fault
-        assert len(relay.machine._chunked) <= relay.machine.in_flight <= waiting
+        assert len(relay.machine._from_upstream._chunked) <= relay.machine.in_flight <= waiting
         lengths = {100 + at: one.length for at, one in enumerate(requests) if one.kind == 0}
         seen = parse_replies(bytes(relay.client), lengths, cut_off=True)
         return (

@@ -9,8 +9,8 @@ import pytest
 
 from gateway.nbd.constants import MAX_EXTENTS, Cmd, CmdFlag, Error
 from gateway.nbd.pairing import Terms
-from gateway.nbd.replies import legal_error
-from gateway.nbd.transmission import MAX_ERROR_DATA, Transmission
+from gateway.nbd.replies import MAX_ERROR_DATA, legal_error
+from gateway.nbd.transmission import Transmission
 from gateway.nbd.wire import MetaContext
 from tests.nbd.answers import (
     DATA,
@@ -273,18 +273,13 @@ def test_last_data_of_several_chunks_is_not_the_last_either_until_it_is_there() 
     assert relay.machine.upstream_fault, "the second DONE is a reply that nobody waits for"
 
 
-def test_what_comes_behind_data_that_was_cut_is_read_in_a_second_call() -> None:
-    """The `trailer` goes between the two."""
+def test_last_chunk_goes_between_data_that_was_cut_and_what_comes_behind() -> None:
     machine = Transmission(STRUCTURED)
     buffer = bytearray(Req(Cmd.READ, 0, 4, 8).pack() + Req(Cmd.FLUSH, cookie=9).pack())
     machine.requests(buffer, 0, len(buffer))
     buffer = bytearray(data_chunk(1, 0, b"abcd", flags=DONE) + simple(2))
-    assert machine.replies(buffer, 0, 30) == 30
-    assert machine.trailer == b""
-    assert machine.replies(buffer, 30, 48) == 32
-    assert machine.trailer == none_chunk(8)
-    assert machine.replies(buffer, 32, 48) == 48
-    assert machine.trailer == b""
+    assert machine.replies(buffer, 0, 30) == (30, [(0, 30)])
+    assert machine.replies(buffer, 30, 48) == (48, [(30, 32), none_chunk(8), (32, 48)])
     assert buffer[32:] == simple(9)
 
 
@@ -388,7 +383,7 @@ def test_replies_that_are_whole_leave_nothing_behind() -> None:
     machine: Transmission = relay.machine
     assert machine.idle
     assert machine.in_flight == 0
-    assert not machine._chunked
+    assert not machine._from_upstream._chunked
 
 
 def test_unknown_error_chunk_with_fields_of_its_own_passes() -> None:

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from gateway.nbd.constants import MAX_EXTENTS, Chunk, Cmd, CmdFlag, Error
-from gateway.nbd.transmission import MAX_ERROR_DATA
+from gateway.nbd.replies import MAX_ERROR_DATA
 from tests.nbd.answers import DATA, FLUSH, OURS, READ, SIMPLE, STATUS, STRUCTURED, asked, fault
 from tests.nbd.support import (
     CHUNK,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gateway.nbd.constants import Chunk
 from gateway.nbd.pairing import Terms
-from gateway.nbd.transmission import Transmission
+from gateway.nbd.transmission import Piece, Transmission
 from tests.nbd.support import (
     CHUNK,
     CHUNK_MAGIC,
@@ -36,6 +36,8 @@ class Walker:
         self._from_client = b""
         self._from_upstream = b""
         self._waiting = b""
+        self.follow_ups: list[bytes] = []
+        self.largest_request = 32 + 8 + 4 * len(terms.contexts)
 
     @property
     def forwarded(self) -> list[Req]:
@@ -50,18 +52,15 @@ class Walker:
             held = self._from_client + piece
             buffer = bytearray(b"\xa5" * FRONT + held + b"\x5a" * FRONT)
             end = FRONT + len(held)
-            at, spans = self.machine.requests(buffer, FRONT, end)
+            at, pieces = self.machine.requests(buffer, FRONT, end)
             assert FRONT <= at <= end
             assert buffer[:FRONT] == b"\xa5" * FRONT
             assert buffer[end:] == b"\x5a" * FRONT
-            last = FRONT
-            for start, stop in spans:
-                assert last <= start < stop <= at, "spans are in order and not empty"
-                last = stop
-                self.upstream += buffer[start:stop]
+            self.upstream += joined_pieces(buffer, pieces, FRONT, at)
             self._from_client = bytes(buffer[at:end])
             stopped = self.machine.client_done or self.machine.client_fault
-            assert stopped or len(self._from_client) < 28
+            assert stopped or len(self._from_client) < self.largest_request
+            self._follow_up()
             self._waiting += self.machine.take_local_replies()
             assert not self.machine.take_local_replies()
             self._speak()
@@ -76,15 +75,13 @@ class Walker:
             wanted = self.machine.wanted
             buffer = bytearray(b"\xa5" * FRONT + held + b"\x5a" * FRONT)
             at, end = FRONT, FRONT + len(held)
-            while True:
-                stop = self.machine.replies(buffer, at, end)
-                assert at <= stop <= end
-                assert not (stop > at and end - at < wanted), "went on with less than it wanted"
-                self.client += buffer[at:stop] + self.machine.trailer
-                at, wanted = stop, 0
-                self._speak()
-                if not self.machine.trailer:
-                    break
+            stop, pieces = self.machine.replies(buffer, at, end)
+            assert at <= stop <= end
+            assert not (stop > at and end - at < wanted), "went on with less than it wanted"
+            self.client += joined_pieces(buffer, pieces, at, stop)
+            at = stop
+            self._speak()
+            self._follow_up()
             assert buffer[:FRONT] == b"\xa5" * FRONT
             assert buffer[end:] == b"\x5a" * FRONT
             self._from_upstream = bytes(buffer[at:end])
@@ -100,10 +97,31 @@ class Walker:
         self._speak()
         return True
 
+    def _follow_up(self) -> None:
+        """Requests of the gateway's own go out as soon as the upstream is at a boundary."""
+        while self.machine.follow_ups_due and not self.machine.mid_request:
+            batch = b"".join(self.machine.take_follow_ups())
+            self.follow_ups.append(batch)
+            self.upstream += batch
+
     def _speak(self) -> None:
         if not self.machine.mid_reply:
             self.client += self._waiting
             self._waiting = b""
+
+
+def joined_pieces(buffer: bytearray, pieces: Iterable[Piece], at: int, end: int) -> bytes:
+    """What is sent, out of a walk over `buffer[at:end]`."""
+    sent = bytearray()
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            start, stop = piece
+            assert at <= start < stop <= end, "spans are in order and not empty"
+            at = stop
+            sent += buffer[start:stop]
+        else:
+            sent += piece
+    return bytes(sent)
 
 
 class Seen(NamedTuple):

@@ -116,6 +116,7 @@ class ChunkedReply:
     """
 
     __slots__ = (
+        "_base_ids",
         "_context_ids",
         "_covered",
         "_extended",
@@ -130,7 +131,15 @@ class ChunkedReply:
         "error_chunk",
     )
 
-    def __init__(self, request: Request, context_ids: frozenset[int], *, extended: bool) -> None:
+    def __init__(
+        self,
+        request: Request,
+        context_ids: frozenset[int],
+        *,
+        base_ids: frozenset[int] = frozenset(),
+        extended: bool,
+    ) -> None:
+        self._base_ids = base_ids
         self._kind = request.kind
         self._flags = request.flags
         self._offset = request.offset
@@ -217,6 +226,8 @@ class ChunkedReply:
             f">{2 * count}{'Q' if self._extended else 'I'}", buffer, at + head
         )
         lengths = words[::2]
+        if self._extended and context in self._base_ids and max(words[1::2]) >> 32:
+            raise PeerError("upstream", "a status of more than 32 bits in a base: context")
         if 0 in lengths:
             raise PeerError("upstream", "an extent of no bytes")
         if sum(lengths[:-1]) >= self._length:

@@ -212,7 +212,10 @@ class ReplyWalk:
     def _chunked_reply(self, mine: int, request: Request) -> ChunkedReply:
         if (reply := self._chunked.get(mine)) is None:
             reply = self._chunked[mine] = ChunkedReply(
-                request, self._rules.context_ids, extended=self._framing.extended
+                request,
+                self._rules.context_ids,
+                base_ids=self._rules.base_ids,
+                extended=self._framing.extended,
             )
         return reply
 

@@ -60,6 +60,7 @@ class RequestRules:
             terms.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD and terms.extended_headers
         )
         self.context_ids = frozenset(one.id for one in terms.contexts)
+        self.base_ids = frozenset(one.id for one in terms.contexts if one.name.startswith("base:"))
 
         self.size = terms.size
         self.mask = terms.block_sizes.minimum - 1

@@ -105,6 +105,7 @@ class Relay:
         self._client_writer = trio.Lock()
         self._upstream_writer = trio.Lock()
         self._follow_ups = trio.Event()
+        self._room = trio.Event()  # the upstream has answered something
         self._nursery: trio.Nursery | None = None
         self._sends_follow_ups = False
         self._upstream_gone = trio.Event()
@@ -186,6 +187,14 @@ class Relay:
             if stream.read(probe=transmission.in_flight > 1) or look_first:
                 look_first = False
                 await self._forward(stream)
+                while transmission.crowded:
+                    if transmission.full:
+                        self._room = trio.Event()
+                        await self._room.wait()
+                    await self._forward(stream)
+                if transmission.upstream_ends and transmission.idle:
+                    await self._take_leave()
+                    self._upstream.shutdown()  # the other pump ends the session
                 if transmission.client_fault:
                     raise transmission.client_fault
                 if transmission.client_done:
@@ -258,7 +267,7 @@ class Relay:
         self._end = SessionEnd.UPSTREAM_LOST if self._upstream_gone.is_set() else end
         if self._end is SessionEnd.CLIENT_LEFT and self._client.truncated:
             self.detail = "connection cut without an end of TLS"
-        if self._idle or self._transmission.mid_request:
+        if self._idle or self._transmission.mid_payload:
             return
         self._shutting_down = True
         with trio.move_on_after(DISC_TIMEOUT_S):
@@ -307,6 +316,7 @@ class Relay:
         consumed, pieces = transmission.replies(stream.buffer, 0, stream.held)
         if transmission.follow_ups_due:
             self._wake_follow_ups()
+        self._room.set()
         try:
             if pieces:
                 if not was_open:
@@ -325,6 +335,7 @@ class Relay:
         was_open = self._transmission.mid_reply
         last_words = self._transmission.lose_upstream()
         self._upstream_gone.set()
+        self._room.set()
         if last_words is None:
             self._scope.cancel()  # a promised payload will not come: only hanging up is left
             return

@@ -19,6 +19,8 @@ from gateway.nbd.requests import RequestRules
 
 WRITES_UNDER_WAY: Final = 4  # of one plan: each may be 32 MiB of somebody's memory
 READS_UNDER_WAY: Final = 8
+MAX_PLANS: Final = 64  # of one session: a request costs its client less than it costs us
+MAX_BATCH: Final = 64  # follow-ups made in one go
 ZEROES: Final = memoryview(bytes(256 << 10))  # all the zeroes that are ever sent
 
 _KEPT_FLAGS: Final = int(CmdFlag.PAYLOAD_LEN | CmdFlag.FUA)
@@ -65,7 +67,7 @@ class Plans:
             return
         self._waiting.append(plan)
         if len(self._waiting) == 1:
-            self._let_hold()
+            self._queue(plan)
 
     def _begin(self, plan: Plan) -> Plan:
         plan.flush = bool(plan.request.flags & CmdFlag.FUA and self._rules.adds_fua)
@@ -74,11 +76,6 @@ class Plans:
         self._live[plan] = None
         return plan
 
-    def _let_hold(self) -> None:
-        plan = self._waiting[0]
-        plan.held = bytearray(plan.request.length)
-        self._queue(plan)
-
     # -- parts
 
     def part(self, plan: Plan, length: int) -> tuple[int, bytes]:
@@ -86,6 +83,8 @@ class Plans:
         flags = plan.request.flags
         if plan.kind == Cmd.READ:
             flags = 0
+            if plan.holds and plan.held is None:
+                plan.held = bytearray(plan.request.length)
         elif plan.kind == Cmd.WRITE:
             flags = flags & _KEPT_FLAGS | (CmdFlag.PAYLOAD_LEN if self._rules.extended else 0)
         if self._rules.adds_fua:
@@ -112,7 +111,7 @@ class Plans:
     def take_follow_ups(self) -> list[bytes | memoryview]:
         """Whole requests for the upstream, one behind the other; at most one has a payload."""
         batch: list[bytes | memoryview] = []
-        while self._due:
+        while self._due and len(batch) < MAX_BATCH:
             plan = self._due.popleft()
             plan.queued = False
             if plan.complete:
@@ -194,6 +193,7 @@ class Plans:
             self.said.append(self._replies.success(request))
         if plan.holds:
             plan.held = None
+            was_next = self._waiting[0] is plan
             self._waiting.remove(plan)
-            if self._waiting and self._waiting[0].held is None:
-                self._let_hold()
+            if was_next and self._waiting:
+                self._queue(self._waiting[0])

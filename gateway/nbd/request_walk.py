@@ -14,7 +14,7 @@ from gateway.errors import PeerError
 from gateway.nbd.constants import Cmd, CmdFlag, Error
 from gateway.nbd.framing import COOKIE_AT, FLAGS_AT, LENGTH_AT, Framing
 from gateway.nbd.in_flight import InFlight, Plan, Request
-from gateway.nbd.plans import Plans
+from gateway.nbd.plans import MAX_PLANS, Plans
 from gateway.nbd.replies import Replies
 from gateway.nbd.requests import ANSWERED_HERE, CHANGES_DATA, PLANNED, RequestRules
 from gateway.nbd.wire import U16, U32, U64
@@ -43,6 +43,7 @@ class RequestWalk:
         replies: Replies,
     ) -> None:
         self.done = False
+        self.crowded = False
         self.fault: PeerError | None = None
         self._rules = rules
         self._framing = framing
@@ -78,6 +79,7 @@ class RequestWalk:
         """See `Transmission.requests`."""
         pieces: list[Piece] = []
         self._pieces, self._start = pieces, at
+        self.crowded = False
         if self._payload_left or self._plan_left:
             at = self._take_payload(at, end)
         rules, framing, in_flight = self._rules, self._framing, self._in_flight
@@ -203,6 +205,9 @@ class RequestWalk:
         self, buffer: bytearray, at: int, behind: int, end: int, request: Request
     ) -> int:
         """Make a plan for a request. `plans` has the rest."""
+        if len(self._plans) >= MAX_PLANS:
+            self.crowded = True
+            return _STOP
         if request.kind == Cmd.READ:
             self._cut(at, behind)
             self._plans.read(request)
@@ -238,6 +243,7 @@ class RequestWalk:
                     self._start = at
                 if self._payload_left:
                     return at
+                self._in_flight.unfinished = 0
             if not self._plan_left:
                 self._end_payload()
                 return at
@@ -262,7 +268,6 @@ class RequestWalk:
         self._pieces.append(header)
 
     def _end_payload(self) -> None:
-        self._in_flight.unfinished = 0
         if self._plan is not None:
             plan, self._plan = self._plan, None
             self._plans.seal(plan)

@@ -50,9 +50,11 @@ class RequestRules:
         self.piece = max(served.block_sizes.maximum & -served.block_sizes.minimum, 1)
         self.zero_piece = min(self.piece, MAX_UNADVERTISED_PAYLOAD)
         whole = self.piece if terms.split else _ANY_LENGTH
-        self._max_read = _ANY_LENGTH if chunks_above else self._max_payload
+        # In chunks, a server may answer any read; one that has to be split is in chunks above.
+        chunks = chunks_below or (chunks_above and terms.split)
+        self._max_read = _ANY_LENGTH if chunks else self._max_payload
         # A read that must come in one chunk, but not from the upstream, is held in memory.
-        self._max_held = self._max_payload if terms.split or self._adds_df else _ANY_LENGTH
+        self._max_held = min(self._max_payload, MAX_UNADVERTISED_PAYLOAD)
         self.whole = whole
         self.chunks_above = chunks_above
         self.extended = terms.extended_headers

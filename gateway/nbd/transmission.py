@@ -13,7 +13,7 @@ from gateway.errors import PeerError
 from gateway.nbd.framing import framing
 from gateway.nbd.in_flight import InFlight
 from gateway.nbd.pairing import Terms
-from gateway.nbd.plans import Plans
+from gateway.nbd.plans import MAX_PLANS, Plans
 from gateway.nbd.replies import Replies
 from gateway.nbd.reply_walk import ReplyWalk
 from gateway.nbd.request_walk import Piece, RequestWalk
@@ -82,6 +82,16 @@ class Transmission:
     def client_done(self) -> bool:
         """The client sent NBD_CMD_DISC; nothing behind it is read."""
         return self._from_client.done
+
+    @property
+    def crowded(self) -> bool:
+        """A whole request was left where it is until we are not `full` any more: walk again."""
+        return self._from_client.crowded
+
+    @property
+    def full(self) -> bool:
+        """So many plans are under way that another one has to wait."""
+        return len(self._plans) >= MAX_PLANS
 
     @property
     def client_fault(self) -> PeerError | None:

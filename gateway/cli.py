@@ -18,6 +18,7 @@ import trio
 
 import gateway
 from gateway.errors import GatewayError, SettingsError
+from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
 from gateway.server import Server
 from gateway.settings import DEFAULT_PORT, Settings, TLSSettings, parse_listen, tls_files
 
@@ -97,6 +98,19 @@ def serve_options(command: Command) -> Command:
             help="Oldest TLS version. 1.3 locks nbd-client out, whose default is 1.2 only.",
         ),
         click.option("--read-only", is_flag=True, help="Refuse every write, here in the gateway."),
+        click.option(
+            "--no-upgrade",
+            multiple=True,
+            type=click.Choice([one.value for one in Upgrade]),
+            metavar="NAME",
+            help="Do not add what the server lacks: write-zeroes, fua, structured-replies or "
+            "block-size; may be repeated.  [default: all are added]",
+        ),
+        click.option(
+            "--oldstyle",
+            is_flag=True,
+            help="Serve clients that know only the oldstyle handshake; needs --tls off.",
+        ),
         click.option(
             "--max-connections",
             type=click.IntRange(min=1),
@@ -305,6 +319,8 @@ def _settings(
     tls: str,
     tls_min: Literal["1.2", "1.3"],
     read_only: bool,
+    no_upgrade: tuple[str, ...],
+    oldstyle: bool,
     max_connections: int,
     handshake_timeout: float,
     drain_timeout: float,
@@ -322,6 +338,8 @@ def _settings(
         tls=_tls_settings(tls, cert, key, client_ca, allow_anonymous, tls_dir, tls_min),
         export=None if any_export else export or "",
         read_only=read_only,
+        oldstyle=oldstyle,
+        upgrades=ALL_UPGRADES - {Upgrade(name) for name in no_upgrade},
         max_connections=max_connections,
         handshake_timeout_s=handshake_timeout,
         drain_timeout_s=drain_timeout,

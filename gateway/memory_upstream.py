@@ -25,7 +25,7 @@ from gateway.nbd.constants import (
     Rep,
     TransmissionFlag,
 )
-from gateway.nbd.haggling import ExportPolicy, Haggling
+from gateway.nbd.haggling import Haggling
 from gateway.nbd.negotiation import Ask, Close, EnterTransmission, Greeted, Greeting, Send
 from gateway.nbd.pairing import (
     Answer,
@@ -37,6 +37,7 @@ from gateway.nbd.pairing import (
     Refused,
     Terms,
 )
+from gateway.nbd.policy import ExportPolicy
 from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, REQUEST, SIMPLE_REPLY, ListedExport
 from gateway.transport import Channel
 

@@ -12,7 +12,7 @@ import trio
 
 from gateway.access import Identity
 from gateway.errors import ChannelClosed, PeerError, SessionEnd, TLSRefused
-from gateway.nbd.haggling import ExportPolicy, Haggling
+from gateway.nbd.haggling import Haggling
 from gateway.nbd.negotiation import (
     Ask,
     Close,
@@ -24,7 +24,9 @@ from gateway.nbd.negotiation import (
     Send,
     StartTLS,
 )
+from gateway.nbd.oldstyle import OldstyleHaggling
 from gateway.nbd.pairing import Terms
+from gateway.nbd.policy import ExportPolicy
 from gateway.nbd.transmission import Transmission
 from gateway.relay import Relay
 from gateway.settings import Settings
@@ -92,7 +94,7 @@ class Session:
             oldstyle_name=settings.export or "",
             timeout_s=settings.handshake_timeout_s / 2,
         )
-        self._machine: PlainHaggling | Haggling | None = None
+        self._machine: PlainHaggling | Haggling | OldstyleHaggling | None = None
         self._relay: Relay | None = None
         self._identity: Identity | None = None
         self._tls_words = "no TLS"
@@ -173,6 +175,13 @@ class Session:
         return await self._transmit(agreed)
 
     async def _negotiate(self) -> _Agreed:
+        settings = self._settings
+        policy = ExportPolicy(settings.export, settings.read_only, settings.upgrades)
+        if settings.oldstyle:
+            oldstyle = self._machine = OldstyleHaggling(policy)
+            if self._shutting_down:
+                oldstyle.shutdown()
+            return await self._haggle(oldstyle, oldstyle.begin())
         greeting = Greeting(tls_required=self._context is not None)
         await self._channel.send_all(greeting.hello())
         greeted = await self._greet(greeting)
@@ -181,11 +190,12 @@ class Session:
             await self._haggle_in_plaintext(rest)
             rest = b""
             await self._start_tls(self._context)
-        policy = ExportPolicy(self._settings.export, self._settings.read_only)
         haggling = self._machine = Haggling(
             policy, tls=self._context is not None, no_zeroes=greeted.no_zeroes
         )
-        return await self._haggle(haggling, rest)
+        if self._shutting_down:
+            haggling.shutdown()
+        return await self._haggle(haggling, haggling.receive(rest))
 
     async def _greet(self, greeting: Greeting) -> Greeted:
         while True:
@@ -223,10 +233,7 @@ class Session:
         cipher = channel.tls.cipher()
         self._tls_words = f"{channel.tls.version()} {cipher[0] if cipher else ''}"
 
-    async def _haggle(self, machine: Haggling, rest: bytes) -> _Agreed:
-        if self._shutting_down:
-            machine.shutdown()
-        effects = machine.receive(rest)
+    async def _haggle(self, machine: Haggling | OldstyleHaggling, effects: list[Effect]) -> _Agreed:
         while True:
             while effects:
                 effect = effects.pop(0)
@@ -237,6 +244,7 @@ class Session:
                     return _Agreed(effect.terms, self._upstream.take_channel(), machine.rest())
                 else:
                     await self._act(effect)
+            assert isinstance(machine, Haggling)
             data = await self._channel.receive()
             if not data:
                 raise _Ended(SessionEnd.CLIENT_LEFT, machine.refused)
@@ -253,7 +261,8 @@ class Session:
                 raise AssertionError(effect)
 
     def _refused(self) -> str:
-        return self._machine.refused if isinstance(self._machine, Haggling) else ""
+        machine = self._machine
+        return machine.refused if isinstance(machine, Haggling | OldstyleHaggling) else ""
 
     async def _transmit(self, agreed: _Agreed) -> tuple[SessionEnd, str]:
         self._terms = agreed.terms

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from gateway.errors import SettingsError
 from gateway.nbd.constants import MAX_STRING
+from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
 
 DEFAULT_PORT: Final = 10809  # IANA's, proto.md, "Newstyle negotiation"
 MAX_SOCKET_PATH: Final = 107  # bytes in sockaddr_un, less the final NUL
@@ -62,12 +63,20 @@ class Settings:
     listen: tuple[Listen, ...] = (ListenTCP(None, DEFAULT_PORT),)
     export: str | None = ""  # None: --any-export
     read_only: bool = False
+    oldstyle: bool = False  # the oldstyle handshake, and no other
+    upgrades: frozenset[Upgrade] = ALL_UPGRADES  # what an upstream that lacks it is helped with
     max_connections: int = 100
     handshake_timeout_s: float = 10.0  # accept until GO is granted, TLS included
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
+        if self.oldstyle and self.tls is not None:
+            raise SettingsError(
+                "--oldstyle has no TLS: it goes with --tls off, on loopback and Unix sockets"
+            )
+        if self.oldstyle and self.export is None:
+            raise SettingsError("--oldstyle has one export without a name: not with --any-export")
         for flag, seconds in (
             ("--handshake-timeout", self.handshake_timeout_s),
             ("--drain-timeout", self.drain_timeout_s),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from dataclasses import replace
 from typing import Final
 
 import trio
 
 from gateway.errors import ChannelClosed, PeerError, UpstreamUnavailable
 from gateway.nbd.constants import Info, Rep
+from gateway.nbd.framing import framing
 from gateway.nbd.handshake import Greeted, Handshake, Style
 from gateway.nbd.pairing import (
     Acked,
@@ -22,9 +24,10 @@ from gateway.nbd.pairing import (
     Question,
     Refused,
     Unavailable,
+    UseExtendedHeaders,
     UseStructuredReplies,
 )
-from gateway.nbd.wire import disconnect_request, rep_name
+from gateway.nbd.wire import BlockSizes, rep_name
 from gateway.transport import Channel
 
 SEND_BUFFER: Final = 1 << 20  # bytes; the default of 208 KiB costs bulk writes a tenth
@@ -54,7 +57,9 @@ class Upstream:
         self._timeout_s = timeout_s
         self._channel: Channel | None = None
         self._handshake = Handshake()
-        self._structured = False
+        self._structured = self._extended = False  # agreed on, so it has to stay that way
+        # Block sizes by export, as far as they were told: None if an export has none to tell.
+        self._sizes: dict[str, BlockSizes | None] = {}
         self._taken = False
         self._warned = False
         # Set once the upstream is in transmission: the name, and what it granted.
@@ -98,7 +103,7 @@ class Upstream:
         try:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _GOODBYE_S):
                 if self._opened and not self._taken:
-                    await channel.send_all(disconnect_request())
+                    await channel.send_all(framing(extended=self._extended).disconnect())
                 elif not self._opened and self._handshake.style is Style.FIXED_NEWSTYLE:
                     await channel.send_all(self._handshake.abort())
         except ChannelClosed:
@@ -112,7 +117,7 @@ class Upstream:
         if isinstance(question, Open) and self._opened and self._opened[0] != question.name:
             self._hang_up()  # it is in transmission with another export
         if self._channel is None:
-            if self._structured:
+            if self._structured or self._extended:
                 raise UpstreamUnavailable(f"{self._path} went away during the negotiation")
             await self._dial()
         if isinstance(question, Open):
@@ -123,6 +128,9 @@ class Upstream:
             case UseStructuredReplies():
                 answer = await self._exchange(self._handshake.structured_reply())
                 self._structured = isinstance(answer, Acked)
+            case UseExtendedHeaders():
+                answer = await self._exchange(self._handshake.extended_headers())
+                self._extended = isinstance(answer, Acked)
             case ListExports():
                 answer = await self._exchange(self._handshake.list_exports())
             case QueryContexts(name, queries, select):
@@ -140,17 +148,11 @@ class Upstream:
             return granted if name == question.name else Refused(Rep.ERR_UNKNOWN)
         style = self._handshake.style
         if style is Style.FIXED_NEWSTYLE:
-            option = self._handshake.go if question.go else self._handshake.info
-            answer = await self._exchange(option(question.name, question.infos))
-            unasked = Info.BLOCK_SIZE not in question.infos
-            if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD and unasked:
-                # Only now: to ask is to promise to "abide by the size constraints", and a client
-                # that did not ask may be served in smaller blocks by a server that rounds.
-                infos = (*question.infos, Info.BLOCK_SIZE)
-                answer = await self._exchange(option(question.name, infos))
+            answer = await self._open_by_option(question)
             if isinstance(answer, Granted) and question.go:
                 self._opened = (question.name, answer)
-            if not (isinstance(answer, Refused) and answer.kind == Rep.ERR_UNSUP):
+            refused = isinstance(answer, Refused) and answer.kind == Rep.ERR_UNSUP
+            if self._extended or not refused:  # "MUST NOT fail NBD_OPT_GO with ..._UNSUP"
                 return answer
         try:
             answer = await self._exchange(self._handshake.export_name(question.name))
@@ -160,6 +162,28 @@ class Upstream:
             return Refused(Rep.ERR_UNKNOWN)
         assert isinstance(answer, Granted)
         self._opened = (question.name, answer)
+        return answer
+
+    async def _open_by_option(self, question: Open) -> Answer:
+        """NBD_OPT_INFO or NBD_OPT_GO, and what has to be known before."""
+        name, infos = question.name, question.infos
+        unasked = Info.BLOCK_SIZE not in infos
+        if question.go and question.learn_sizes and unasked and name not in self._sizes:
+            # "Clients MAY issue NBD_OPT_INFO with NBD_INFO_BLOCK_SIZE to learn the server's
+            # constraints without committing to them". A refusal is for the GO to repeat.
+            learnt = await self._exchange(self._handshake.info(name, (Info.BLOCK_SIZE,)))
+            self._sizes[name] = learnt.block_sizes if isinstance(learnt, Granted) else None
+        option = self._handshake.go if question.go else self._handshake.info
+        answer = await self._exchange(option(name, infos))
+        if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD and unasked:
+            # Only now: to ask is to promise to "abide by the size constraints", and a client that
+            # did not ask may be served in smaller blocks by a server that rounds.
+            answer = await self._exchange(option(name, (*infos, Info.BLOCK_SIZE)))
+        if isinstance(answer, Granted):
+            if not unasked:
+                self._sizes[name] = answer.block_sizes
+            if answer.block_sizes is None:
+                answer = replace(answer, learnt_sizes=self._sizes.get(name))
         return answer
 
     async def _exchange(self, option: bytes) -> Answer:
@@ -196,6 +220,7 @@ class Upstream:
         if self._channel is not None:
             self._channel.close()
         self._channel = self._opened = None
+        self._sizes.clear()
 
 
 async def _connect(path: str) -> socket.socket:

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("server listeners settings certs pki demo errors", "click trio"),
+    "cli": Layer("server listeners settings certs pki demo errors nbd.upgrades", "click trio"),
     "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
     "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
     "client": Layer("transport errors nbd.*", "socket ssl"),
@@ -56,13 +56,21 @@ TABLE = {
     "tls": Layer("access settings errors", "ssl socket cryptography"),
     "access": Layer("settings errors", "cryptography"),
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
-    "settings": Layer("errors nbd.constants nbd.uri"),
+    "settings": Layer("errors nbd.constants nbd.upgrades nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),
     "certs": Layer("pki errors", "socket"),
     "pki": Layer("errors", "cryptography"),
     "transport": Layer("errors", "trio ssl socket"),
     "nbd": Layer(pure=True),
-    "nbd.haggling": Layer("nbd.negotiation nbd.pairing nbd.wire nbd.constants errors", pure=True),
+    "nbd.haggling": Layer(
+        "nbd.negotiation nbd.policy nbd.pairing nbd.upgrades nbd.wire nbd.constants errors",
+        pure=True,
+    ),
+    "nbd.oldstyle": Layer(
+        "nbd.negotiation nbd.policy nbd.pairing nbd.upgrades nbd.wire nbd.constants errors",
+        pure=True,
+    ),
+    "nbd.policy": Layer("nbd.pairing nbd.upgrades nbd.wire nbd.constants", pure=True),
     "nbd.negotiation": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.handshake": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.transmission": Layer(

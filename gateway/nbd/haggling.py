@@ -5,8 +5,6 @@ proto.md, "Option types". Before TLS see `negotiation`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from gateway.errors import SessionEnd
 from gateway.nbd.constants import (
     EXPORT_NAME_ZEROES,
@@ -14,7 +12,6 @@ from gateway.nbd.constants import (
     Info,
     Opt,
     Rep,
-    TransmissionFlag,
 )
 from gateway.nbd.negotiation import (
     MAX_OPTION_DATA,
@@ -42,11 +39,13 @@ from gateway.nbd.pairing import (
     Refused,
     Terms,
     Unavailable,
+    UseExtendedHeaders,
     UseStructuredReplies,
 )
+from gateway.nbd.policy import NO_SUCH_EXPORT, ExportPolicy, Replies, agree
+from gateway.nbd.upgrades import Upgrade
 from gateway.nbd.wire import (
     EXPORT_NAME_ANSWER,
-    BlockSizes,
     ListedExport,
     Malformed,
     MetaContext,
@@ -63,42 +62,8 @@ from gateway.nbd.wire import (
 
 _WITH_DATA = frozenset({Opt.INFO, Opt.GO, Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT})
 
-NO_SUCH_EXPORT = "no such export here, or it is not yours to open"
+EXTENDED_REQUIRED = "the NBD server wants extended headers for this"
 UPSTREAM_UNAVAILABLE = "the NBD server behind this gateway cannot be reached"
-
-_WRITE_FEATURES = (
-    TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-# What the gateway itself knows how to carry. Other features of an upstream are not advertised.
-_CARRIED_FEATURES = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.READ_ONLY
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.ROTATIONAL
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_DF
-    | TransmissionFlag.CAN_MULTI_CONN
-    | TransmissionFlag.SEND_CACHE
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportPolicy:
-    """Which exports a client may open, and how. `name` None passes every name through."""
-
-    name: str | None = ""
-    read_only: bool = False
-
-    def upstream_name(self, asked: str) -> str | None:
-        """The upstream's name for what a client asked for; None if there is no such export."""
-        if self.name is None:
-            return asked
-        return self.name if asked in ("", self.name) else None
 
 
 class Haggling:
@@ -114,7 +79,9 @@ class Haggling:
         self._options = Options(MAX_OPTION_DATA, MAX_OPTIONS)
         self._asked: Option | None = None  # the option that waits for the upstream
         self._asked_name = ""  # the export name in it, as the client spelt it
-        self._structured = False
+        self._structured = False  # for the client
+        self._extended = False  # on both sides
+        self._chunks_below = False  # the upstream has structured replies of its own
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_name: str | None = None  # the name they were selected for
         self._done = False
@@ -175,9 +142,16 @@ class Haggling:
                 return [refusal(message, Rep.ERR_POLICY, "TLS is off on this listener")]
             case Opt.STRUCTURED_REPLY:
                 _no_data(message)
+                if self._extended:  # "takes precedence over this option"
+                    return [refusal(message, Rep.ERR_EXT_HEADER_REQD, "extended headers are on")]
                 if self._structured:
                     raise Malformed("structured replies are on already")
                 return self._ask(message, UseStructuredReplies())
+            case Opt.EXTENDED_HEADERS:
+                _no_data(message)
+                if self._extended:
+                    raise Malformed("extended headers are on already")
+                return self._ask(message, UseExtendedHeaders())
             case Opt.LIST:
                 _no_data(message)
                 return self._ask(message, ListExports())
@@ -198,7 +172,7 @@ class Haggling:
     def _export_name(self, message: Option) -> list[Effect]:
         """NBD_OPT_EXPORT_NAME has no error reply: every "no" closes the connection."""
         try:
-            if message.length > MAX_STRING or self._shutdown:
+            if message.length > MAX_STRING or self._shutdown or self._extended:
                 raise Malformed("refused")
             return self._open(message, decode_string(message.data), ())
         except Malformed:
@@ -214,17 +188,21 @@ class Haggling:
         if upstream_name is None:
             return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
         once = tuple(dict.fromkeys(infos))  # "MUST NOT include any ... more than once", we neither
-        return self._ask(message, Open(upstream_name, once, go=message.number != Opt.INFO))
+        go = message.number != Opt.INFO
+        learn = Upgrade.BLOCK_SIZE in self._policy.upgrades and Info.BLOCK_SIZE not in once
+        return self._ask(message, Open(upstream_name, once, go, learn_sizes=go and learn))
 
     def _query_contexts(self, message: Option) -> list[Effect]:
         select = message.number == Opt.SET_META_CONTEXT
-        if not self._structured:
+        if not (self._structured or self._extended):
             raise Malformed("meta contexts need NBD_OPT_STRUCTURED_REPLY first")
         query = unpack_meta_query(message.data)
         upstream_name = self._policy.upstream_name(query.name)
         if upstream_name is None:
             return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
         self._asked_name = query.name
+        if not (self._chunks_below or self._extended):  # none to list or to select: no error
+            return [Send(option_reply(message.number, Rep.ACK))]
         return self._ask(message, QueryContexts(upstream_name, query.queries, select))
 
     # -- answers of the upstream
@@ -232,10 +210,18 @@ class Haggling:
     def _answered(self, message: Option, answer: Answer) -> list[Effect]:
         match message.number:
             case Opt.STRUCTURED_REPLY:
-                self._structured = isinstance(answer, Acked)
+                self._chunks_below = isinstance(answer, Acked)
+                added = Upgrade.STRUCTURED_REPLIES in self._policy.upgrades
+                self._structured = self._chunks_below or (added and isinstance(answer, Refused))
                 if self._structured:
                     return [Send(option_reply(message.number, Rep.ACK))]
                 # Also when there is no upstream: the refusal with the reason then meets the GO.
+                return [refusal(message, Rep.ERR_UNSUP, "")]
+            case Opt.EXTENDED_HEADERS:
+                self._extended = isinstance(answer, Acked)
+                if self._extended:  # "takes precedence over structured replies"
+                    self._structured = False
+                    return [Send(option_reply(message.number, Rep.ACK))]
                 return [refusal(message, Rep.ERR_UNSUP, "")]
             case Opt.LIST:
                 return self._listed(message, answer)
@@ -268,6 +254,8 @@ class Haggling:
                 return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
             case Refused(kind=Rep.ERR_UNKNOWN):
                 return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
+            case Refused(kind=Rep.ERR_EXT_HEADER_REQD):
+                return [refusal(message, Rep.ERR_EXT_HEADER_REQD, EXTENDED_REQUIRED)]
             case _:  # an upstream without meta contexts has none to select: no error
                 contexts = ()
         if message.number == Opt.SET_META_CONTEXT:
@@ -288,28 +276,32 @@ class Haggling:
                 return self._no_export(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)
             case Refused(kind=Rep.ERR_SHUTDOWN):
                 return self._no_export(message, Rep.ERR_SHUTDOWN, "the NBD server shuts down")
+            case Refused(kind=Rep.ERR_EXT_HEADER_REQD):
+                return self._no_export(message, Rep.ERR_EXT_HEADER_REQD, EXTENDED_REQUIRED)
             case Refused(kind=Rep.ERR_POLICY | Rep.ERR_PLATFORM as kind):
                 return self._no_export(message, Rep(kind), "the NBD server refuses this export")
             case _:
                 return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
-        export = replace(export, flags=self._honest_flags(export.flags))
+        terms = self._terms(export)
         if message.number == Opt.EXPORT_NAME:
             zeroes = b"" if self._no_zeroes else EXPORT_NAME_ZEROES
-            answer_data = EXPORT_NAME_ANSWER.pack(export.size, export.flags) + zeroes
-            return [Send(answer_data), self._enter(export)]
-        effects: list[Effect] = [Send(reply) for reply in self._info_replies(message, export)]
+            answer_data = EXPORT_NAME_ANSWER.pack(terms.size, terms.flags) + zeroes
+            return [Send(answer_data), self._enter(terms)]
+        effects: list[Effect] = [
+            Send(reply) for reply in self._info_replies(message, export, terms)
+        ]
         if message.number == Opt.GO:
-            effects.append(self._enter(export))
+            effects.append(self._enter(terms))
         return effects
 
-    def _info_replies(self, message: Option, export: Granted) -> list[bytes]:
+    def _info_replies(self, message: Option, export: Granted, terms: Terms) -> list[bytes]:
         """All that the upstream said, in a fixed order, then ACK: GO repeats INFO.
 
         The upstream was asked what the client asked; what it volunteers is for the client as well.
         """
-        infos = [pack_info_export(export.size, export.flags)]
+        infos = [pack_info_export(terms.size, terms.flags)]
         if export.block_sizes is not None:
-            infos.append(pack_info_block_size(export.block_sizes))
+            infos.append(pack_info_block_size(terms.block_sizes))
         for kind, data in export.infos:
             if kind == Info.NAME and self._policy.name is not None:
                 data = pack_info_text(Info.NAME, self._policy.name)
@@ -317,16 +309,14 @@ class Haggling:
         replies = [option_reply(message.number, Rep.INFO, info) for info in infos]
         return [*replies, option_reply(message.number, Rep.ACK)]
 
-    def _honest_flags(self, upstream_flags: int) -> TransmissionFlag:
-        """The upstream's flags, less what was not negotiated or may not be used."""
-        flags = TransmissionFlag(upstream_flags) & _CARRIED_FEATURES | TransmissionFlag.HAS_FLAGS
-        if not self._structured:
-            flags &= ~TransmissionFlag.SEND_DF
-        if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
-            flags &= ~TransmissionFlag.SEND_FAST_ZERO
-        if self._policy.read_only:
-            flags = (flags | TransmissionFlag.READ_ONLY) & ~_WRITE_FEATURES
-        return flags
+    def _terms(self, export: Granted) -> Terms:
+        return agree(
+            self._policy,
+            export,
+            name=self._asked_name,
+            replies=Replies(self._structured, self._extended, self._chunks_below),
+            contexts=self._contexts if self._contexts_name == self._asked_name else (),
+        )
 
     def _no_export(self, message: Option, kind: Rep, text: str) -> list[Effect]:
         self.refused = f"export {self._asked_name[:80]!r}: {text}"
@@ -334,19 +324,9 @@ class Haggling:
             return self._refuse_export_name()
         return [refusal(message, kind, text)]
 
-    def _enter(self, export: Granted) -> EnterTransmission:
+    def _enter(self, terms: Terms) -> EnterTransmission:
         self._done = True
-        contexts = self._contexts if self._contexts_name == self._asked_name else ()
-        return EnterTransmission(
-            Terms(
-                export=self._asked_name,
-                size=export.size,
-                flags=TransmissionFlag(export.flags),
-                structured_replies=self._structured,
-                contexts=contexts,
-                block_sizes=export.block_sizes or BlockSizes(),
-            )
-        )
+        return EnterTransmission(terms)
 
 
 def _no_data(message: Option) -> None:

@@ -122,6 +122,10 @@ class Handshake:
         """NBD_OPT_STRUCTURED_REPLY. Answers: Acked, Refused."""
         return self._ask(Opt.STRUCTURED_REPLY)
 
+    def extended_headers(self) -> bytes:
+        """NBD_OPT_EXTENDED_HEADERS. Answers: Acked, Refused."""
+        return self._ask(Opt.EXTENDED_HEADERS)
+
     def starttls(self) -> bytes:
         """NBD_OPT_STARTTLS. Answers: Acked (then start TLS at once), Refused."""
         return self._ask(Opt.STARTTLS)

@@ -23,7 +23,7 @@ Piece = tuple[int, int] | bytes | bytearray | memoryview
 """What to send next: from start to stop of the caller's buffer as it is now, or these bytes."""
 
 _WRITE, _DISC, _BLOCK_STATUS = int(Cmd.WRITE), int(Cmd.DISC), int(Cmd.BLOCK_STATUS)
-_FUA, _PAYLOAD_LEN = int(CmdFlag.FUA), int(CmdFlag.PAYLOAD_LEN)
+_FUA, _DF, _PAYLOAD_LEN = int(CmdFlag.FUA), int(CmdFlag.DF), int(CmdFlag.PAYLOAD_LEN)
 # A block status may always tell less than was asked. Asked for nearly 4 GiB, some servers come to
 # grief in their own arithmetic (CVE-2025-47711), so they are asked for less, in whole blocks. Not
 # with extended headers, which only servers have that reckon in 64 bits.
@@ -189,9 +189,9 @@ class RequestWalk:
 
     def _forward(self, buffer: bytearray, at: int, request: Request) -> None:
         """Send a request on as it is, or nearly."""
-        flags = request.flags
-        if flags & _FUA and request.kind not in CHANGES_DATA:
-            U16.pack_into(buffer, at + FLAGS_AT, flags & ~_FUA)
+        if request.kind not in CHANGES_DATA:  # FUA is legal there, but means nothing
+            dropped = _FUA | _DF if self._rules.drops_df else _FUA
+            U16.pack_into(buffer, at + FLAGS_AT, request.flags & ~dropped)
         if (
             request.kind == _BLOCK_STATUS
             and request.length > _MAX_STATUS_LENGTH

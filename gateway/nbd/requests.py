@@ -45,7 +45,8 @@ class RequestRules:
         self.adds_zeroes = _told_only(terms, TransmissionFlag.SEND_WRITE_ZEROES)
         chunks_above = terms.structured_replies or terms.extended_headers
         chunks_below = served.structured_replies or terms.extended_headers
-        self._adds_df = chunks_below and _told_only(terms, TransmissionFlag.SEND_DF)
+        self.drops_df = _told_only(terms, TransmissionFlag.SEND_DF)
+        self._adds_df = chunks_below and self.drops_df  # else the gateway makes the chunks
         # The longest READ or WRITE that the upstream takes, whole blocks of its own.
         self.piece = max(served.block_sizes.maximum & -served.block_sizes.minimum, 1)
         self.zero_piece = min(self.piece, MAX_UNADVERTISED_PAYLOAD)
@@ -71,7 +72,7 @@ class RequestRules:
             0 if terms.read_only else min(self._max_payload, whole),
         )
         # FUA on a READ needs a closer look: it is taken off.
-        read = (self._allowed[Cmd.READ] or 0) & ~_FUA & ~(_DF if self._adds_df else 0)
+        read = (self._allowed[Cmd.READ] or 0) & ~_FUA & ~(_DF if self.drops_df else 0)
         write = (self._allowed[Cmd.WRITE] or 0) & ~(_FUA if self.adds_fua else 0)
         needed = _PAYLOAD_LEN if self.extended else 0
         self.checked_flags = (~read, ~write | needed)

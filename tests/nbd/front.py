@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from gateway.nbd.haggling import ExportPolicy, Haggling
+from gateway.nbd.haggling import Haggling
 from gateway.nbd.negotiation import Ask, Effect, EnterTransmission
 from gateway.nbd.pairing import (
     Acked,
@@ -17,8 +17,10 @@ from gateway.nbd.pairing import (
     QueryContexts,
     Question,
     Terms,
+    UseExtendedHeaders,
     UseStructuredReplies,
 )
+from gateway.nbd.policy import ExportPolicy
 from gateway.nbd.wire import ListedExport, MetaContext
 from tests.nbd.support import ALL_FEATURES, MIB, said
 
@@ -28,7 +30,7 @@ ALLOCATION = MetaContext(7, "base:allocation")
 def willing(question: Question) -> Answer:
     """An upstream with everything, and one export, the default one."""
     match question:
-        case UseStructuredReplies():
+        case UseStructuredReplies() | UseExtendedHeaders():
             return Acked()
         case ListExports():
             return Listed((ListedExport("", ""),))

@@ -23,6 +23,7 @@ from gateway.nbd.pairing import (
     Unavailable,
     UseStructuredReplies,
 )
+from gateway.nbd.upgrades import Capabilities
 from gateway.nbd.wire import BlockSizes, ListedExport
 from tests.nbd.front import ALLOCATION, Front, say, willing
 from tests.nbd.support import (
@@ -89,7 +90,7 @@ def test_client_without_structured_replies_gets_an_upstream_without_them() -> No
     front = Front()
     assert front.say(GO)[0] == Reply(Opt.GO, Rep.INFO, info_export(MIB, NO_DF))
     assert front.questions == [Open("", (), go=True)]
-    assert front.terms == Terms("", MIB, NO_DF)
+    assert front.terms == Terms("", MIB, NO_DF, upstream=Capabilities(int(ALL_FEATURES)))
 
 
 # -- flags
@@ -187,7 +188,8 @@ def test_export_name_has_zeroes_unless_negotiated_away(no_zeroes: bool, name: st
         answer = struct.pack(">QH", MIB, NO_DF) + bytes(0 if no_zeroes else 124)
         sent, enter = front.effects(*pieces)
         assert sent == Send(answer)
-        assert enter == EnterTransmission(Terms(name, MIB, NO_DF))
+        served = Capabilities(int(ALL_FEATURES))
+        assert enter == EnterTransmission(Terms(name, MIB, NO_DF, upstream=served))
         assert front.questions == [Open("disk", (), go=True)]
 
 
@@ -195,7 +197,7 @@ def test_export_name_has_zeroes_unless_negotiated_away(no_zeroes: bool, name: st
 @pytest.mark.parametrize("number", [Opt.INFO, Opt.GO])
 def test_refusal_of_the_upstream_becomes_one_of_ours(number: int, kind: int) -> None:
     """(H9, H10, T3): no INFO before it, and never that TLS or block sizes are required."""
-    passed = {Rep.ERR_SHUTDOWN, Rep.ERR_POLICY, Rep.ERR_PLATFORM}
+    passed = {Rep.ERR_SHUTDOWN, Rep.ERR_POLICY, Rep.ERR_PLATFORM, Rep.ERR_EXT_HEADER_REQD}
     expected = kind if kind in passed else Rep.ERR_UNKNOWN
     assert opened(number, Refused(kind, "text")) == [Reply(number, expected)]
 
@@ -221,7 +223,7 @@ def test_failed_go_leaves_everything_open() -> None:
     front = Front(lambda _: next(answers), policy=ExportPolicy(None))
     for number, name in [(7, "no"), (6, "a"), (6, "b"), (7, "a")]:
         front.say(option(number, info_data(name)))
-    assert front.terms == Terms("a", 3, Tf.HAS_FLAGS)
+    assert front.terms == Terms("a", 3, Tf.HAS_FLAGS, upstream=Capabilities(1))
 
 
 # -- names

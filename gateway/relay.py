@@ -54,10 +54,7 @@ class _Stream:
     def read(self, *, at_least: int = 0, probe: bool) -> int:
         """Read what has arrived behind what is held. Returns how many bytes came."""
         if not self.buffer:
-            self.buffer = _borrow(at_least)
-            self.held = len(self._small)
-            self.buffer[: self.held] = self._small
-            self._small = b""
+            self.load(at_least)
         elif len(self.buffer) < at_least:
             larger = _borrow(at_least)
             larger[: self.held] = memoryview(self.buffer)[: self.held]
@@ -67,6 +64,14 @@ class _Stream:
             count = self.channel.fill(view[self.held :], probe=probe)
         self.held += count
         return count
+
+    def load(self, at_least: int = 0) -> None:
+        """Have a buffer, with what is held in it."""
+        if not self.buffer:
+            self.buffer = _borrow(at_least)
+            self.held = len(self._small)
+            self.buffer[: self.held] = self._small
+            self._small = b""
 
     @property
     def has_leftovers(self) -> bool:
@@ -191,6 +196,7 @@ class Relay:
                     if transmission.full:
                         self._room = trio.Event()
                         await self._room.wait()
+                    stream.load()
                     await self._forward(stream)
                 if transmission.upstream_ends and transmission.idle:
                     await self._take_leave()

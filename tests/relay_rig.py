@@ -217,6 +217,7 @@ async def lane(nursery: trio.Nursery, pki: Path) -> Lane:
         first: bytes = b"",
         buffers: int = 0,
         tls: bool = False,
+        terms: Terms | None = None,
     ) -> Rig:
         sockets = (*socket.socketpair(), *socket.socketpair())
         for sock in sockets if buffers else ():
@@ -226,7 +227,7 @@ async def lane(nursery: trio.Nursery, pki: Path) -> Lane:
         if tls:
             client, far_client = await in_tls(client, far_client, pki)
         rig = Rig(client, upstream, (far_client, far_upstream))
-        terms = Terms("", size, flags, structured_replies=structured)
+        terms = terms or Terms("", size, flags, structured_replies=structured)
         nursery.start_soon(rig.run, terms, first)
         await wait_all_tasks_blocked()
         return rig

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.nbd.upgrades import Upgrade
 from tests.support.gateway import Gateway
 from tests.support.peers import Client, Nbdkit, NbdServer, QemuNbd, Server, check
 
 MIB = 1 << 20
 SIZE = 16 * MIB  # of the disk that most scenarios use
+
+
+NO_UPGRADES = [word for one in Upgrade for word in ("--no-upgrade", one.value)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Bench:
         gateway = self._stack.enter_context(Gateway(*arguments))
         self._stack.callback(lambda: print(f"{gateway.args}:\n{gateway.log()}"))  # if a test fails
         return Front(gateway, server, self.pki)
+
+    def plain_gateway(self, server: Server, *args: str | Path) -> Front:
+        """One that adds nothing to what the server can do."""
+        return self.gateway(server, *NO_UPGRADES, *args)
 
     def image(self, size: int) -> Path:
         """A sparse file of zeroes."""

@@ -62,7 +62,7 @@ def told(client: Client, *flags: str) -> Any:
 def test_nbdinfo_says_the_same(bench: Bench, variant: str) -> None:
     server: Server = VARIANTS[variant](bench)
     name = "disk" if isinstance(server, NbdServer) else ""
-    front = bench.gateway(server, "--export", name)
+    front = bench.plain_gateway(server, "--export", name)
     assert told(front.client(name)) == told(front.direct(name))
     # A server without options cannot be asked for a list; the gateway has one all the same.
     listing = "--no-content" if variant in NO_OPTIONS else "--list"
@@ -73,7 +73,7 @@ def test_nbdinfo_says_the_same(bench: Bench, variant: str) -> None:
 def test_libnbd_negotiates_the_same(bench: Bench, variant: str) -> None:
     server: Server = VARIANTS[variant](bench)
     name = "disk" if isinstance(server, NbdServer) else ""
-    front = bench.gateway(server, "--export", name)
+    front = bench.plain_gateway(server, "--export", name)
     script = """
     out = {}
     for structured in (True, False):
@@ -94,7 +94,7 @@ def test_libnbd_negotiates_the_same(bench: Bench, variant: str) -> None:
 
 def test_the_size_is_not_taken_from_nbd_opt_info(bench: Bench) -> None:
     # nbd-server 3.24 answers NBD_OPT_INFO with size 0 and only NBD_OPT_GO with the true one.
-    front = bench.gateway(bench.nbd_server(bench.image(SIZE)), "--export", "disk")
+    front = bench.plain_gateway(bench.nbd_server(bench.image(SIZE)), "--export", "disk")
     script = """
     h = nbd.NBD()
     h.set_uri_allow_local_file(True)
@@ -110,7 +110,7 @@ def test_the_size_is_not_taken_from_nbd_opt_info(bench: Bench) -> None:
 
 @pytest.mark.parametrize("action", ["allow", "error"])
 def test_block_sizes_are_enforced(bench: Bench, action: str) -> None:
-    front = bench.gateway(bench.nbdkit(*policy(action)))
+    front = bench.plain_gateway(bench.nbdkit(*policy(action)))
     script = """
     h = connect(strict_mode=0)
     report(
@@ -131,7 +131,7 @@ def test_block_sizes_are_enforced(bench: Bench, action: str) -> None:
 
 
 def test_a_client_that_does_not_ask_for_block_sizes(bench: Bench) -> None:
-    front = bench.gateway(bench.nbdkit(*policy("error")))
+    front = bench.plain_gateway(bench.nbdkit(*policy("error")))
     script = """
     h = connect(strict_mode=0, request_block_size=False)
     report(aligned=failed(h.pread, 4096, 4096), unaligned=failed(h.pwrite, b"x" * 512, 0),
@@ -143,7 +143,7 @@ def test_a_client_that_does_not_ask_for_block_sizes(bench: Bench) -> None:
 
 
 def test_qemu_keeps_to_block_sizes(bench: Bench) -> None:
-    front = bench.gateway(bench.nbdkit(*policy("error")))
+    front = bench.plain_gateway(bench.nbdkit(*policy("error")))
     words = ["-c", "write -P 7 512 1k", "-c", "read -P 7 512 1k", "-c", "read -P 0 0 512"]
     client = front.client()
     printed = check("qemu-io", *client.qemu_object(), *words, *client.qemu()[-2:])

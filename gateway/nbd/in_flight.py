@@ -60,9 +60,9 @@ class Plan:
 
     def hold(self, offset: int, data: memoryview) -> None:
         """Keep data of a reply until the reply is whole."""
-        if self.held is not None:  # else it has failed already
-            at = offset - self.request.offset
-            self.held[at : at + len(data)] = data
+        assert self.held is not None, "made with the first part"
+        at = offset - self.request.offset
+        self.held[at : at + len(data)] = data
 
 
 class InFlight:

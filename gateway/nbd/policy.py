@@ -78,7 +78,7 @@ def agree(
     return Terms(
         export=name,
         size=export.size,
-        flags=_told_flags(policy, export.flags, replies, has_contexts=bool(contexts)),
+        flags=_told_flags(policy, export.flags, replies),
         structured_replies=replies.structured,
         extended_headers=replies.extended,
         contexts=contexts,
@@ -92,20 +92,20 @@ def agree(
     )
 
 
-def _told_flags(
-    policy: ExportPolicy, upstream: int, replies: Replies, *, has_contexts: bool
-) -> TransmissionFlag:
+def _told_flags(policy: ExportPolicy, upstream: int, replies: Replies) -> TransmissionFlag:
     """What can be offered, less what was not negotiated or may not be used."""
+    if policy.read_only:
+        upstream |= TransmissionFlag.READ_ONLY
     flags = TransmissionFlag(offered_flags(upstream, policy.upgrades))
     flags = flags & _CARRIED_FEATURES | TransmissionFlag.HAS_FLAGS
     if not (replies.structured or replies.extended):
         flags &= ~TransmissionFlag.SEND_DF
     elif Upgrade.STRUCTURED_REPLIES in policy.upgrades:
         flags |= TransmissionFlag.SEND_DF
-    if not (replies.extended and has_contexts):
+    if not replies.extended:
         flags &= ~TransmissionFlag.BLOCK_STATUS_PAYLOAD
     if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
         flags &= ~TransmissionFlag.SEND_FAST_ZERO
     if policy.read_only:
-        flags = (flags | TransmissionFlag.READ_ONLY) & ~_WRITE_FEATURES
+        flags &= ~_WRITE_FEATURES
     return flags

@@ -45,7 +45,7 @@ class RequestRules:
         self.adds_zeroes = _told_only(terms, TransmissionFlag.SEND_WRITE_ZEROES)
         chunks_above = terms.structured_replies or terms.extended_headers
         chunks_below = served.structured_replies or terms.extended_headers
-        self.drops_df = _told_only(terms, TransmissionFlag.SEND_DF)
+        self.drops_df = not (chunks_below and served.flags & TransmissionFlag.SEND_DF)
         self._adds_df = chunks_below and self.drops_df  # else the gateway makes the chunks
         # The longest READ or WRITE that the upstream takes, whole blocks of its own.
         self.piece = max(served.block_sizes.maximum & -served.block_sizes.minimum, 1)
@@ -86,8 +86,11 @@ class RequestRules:
     def payload(self, kind: int, flags: int, length: int) -> int:
         """How many bytes follow this header. Raises PeerError for a payload that is an attack.
 
-        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on whatever command.
+        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on whatever command. It "MUST be set"
+        on a WRITE: without it nobody can tell whether what follows is data or the next request.
         """
+        if self.extended and kind == _WRITE and not flags & _PAYLOAD_LEN:
+            raise PeerError("client", "NBD_CMD_WRITE without NBD_CMD_FLAG_PAYLOAD_LEN")
         if not (flags & _PAYLOAD_LEN if self.extended else kind == _WRITE):
             return 0
         if length > max(self._max_payload, MAX_UNADVERTISED_PAYLOAD):
@@ -106,8 +109,6 @@ class RequestRules:
             return Error.EPERM
         allowed = self._allowed.get(kind)
         if allowed is None or flags & ~allowed:
-            return Error.EINVAL
-        if self.extended and kind == _WRITE and not flags & _PAYLOAD_LEN:
             return Error.EINVAL
         if kind == Cmd.FLUSH:
             return Error.EINVAL if offset or length else 0

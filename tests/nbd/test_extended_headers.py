@@ -123,8 +123,12 @@ def test_fua_is_taken_off_what_changes_nothing() -> None:
     assert through(ask(Cmd.READ, 0, 4, 7, CmdFlag.FUA)) == ask(Cmd.READ, 0, 4, 1)
 
 
-def test_write_without_payload_flag_has_no_payload() -> None:
-    assert refused(ask(Cmd.WRITE, 0, 4)) == Error.EINVAL
+def test_write_without_payload_flag_ends_the_session() -> None:
+    """Data that is taken for requests is worse than any error: nobody can tell them apart here."""
+    smuggled = ask(Cmd.TRIM, 0, 1 << 30)
+    relay = Walker(GIVEN).requests([ask(Cmd.WRITE, 0, len(smuggled)) + smuggled])
+    assert relay.machine.client_fault is not None
+    assert not relay.upstream
 
 
 @pytest.mark.parametrize("kind", [Cmd.READ, Cmd.TRIM, Cmd.FLUSH, Cmd.WRITE_ZEROES, Cmd.CACHE, 77])

@@ -154,6 +154,21 @@ def test_first_error_ends_the_zeroing() -> None:
     assert relay.machine.idle
 
 
+def test_follow_ups_that_are_due_are_given_up_when_one_fails() -> None:
+    """They could not be sent yet: the upstream is owed a payload."""
+    relay = Walker(poor()).requests([Req(Cmd.WRITE_ZEROES, 0, 100 * MAX, 7).pack()])
+    raw = write(0, b"12345678", 8)
+    relay.requests([raw[:-2]])
+    answer(relay, 1, 2)
+    assert relay.machine.follow_ups_due
+    answer(relay, 3, error=Error.EIO)
+    assert not relay.machine.follow_ups_due
+    answer(relay, 4)
+    assert only_reply(relay) == (7, Error.EIO)
+    relay.requests([raw[-2:]])
+    assert len(relay.forwarded) == WRITES_UNDER_WAY + 1
+
+
 def test_zeroes_of_4_gib_are_bounded_batches_out_of_one_buffer() -> None:
     given = poor(size=1 << 33, maximum=32 * MIB)
     relay = Walker(given)

@@ -126,8 +126,7 @@ class Plans:
             if not plan.complete and plan.unanswered < plan.under_way:
                 self._queue(plan)
             if plan.kind == Cmd.WRITE:
-                batch += [ZEROES] * (length // len(ZEROES))
-                batch.append(ZEROES[: length % len(ZEROES)])
+                batch += [ZEROES[:left] for left in range(length, 0, -len(ZEROES))]
                 break
         return batch
 

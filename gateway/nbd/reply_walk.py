@@ -105,6 +105,7 @@ class ReplyWalk:
         except PeerError as fault:
             self.fault = fault
         self._cut(at, at)
+        self._pieces = []  # an idle session must not own what it has sent
         return at, pieces
 
     def _cut(self, at: int, resume: int) -> None:

@@ -121,6 +121,7 @@ class RequestWalk:
                     break
                 at += length
         self._cut(at, at)
+        self._pieces = []  # an idle session must not own what it has sent
         return at, pieces
 
     def _cut(self, at: int, resume: int) -> None:

@@ -45,7 +45,8 @@ class RequestRules:
         self.adds_zeroes = _told_only(terms, TransmissionFlag.SEND_WRITE_ZEROES)
         chunks_above = terms.structured_replies or terms.extended_headers
         chunks_below = served.structured_replies or terms.extended_headers
-        self.drops_df = not (chunks_below and served.flags & TransmissionFlag.SEND_DF)
+        df_below = chunks_below and served.flags & TransmissionFlag.SEND_DF
+        self.drops_df = chunks_above and not df_below
         self._adds_df = chunks_below and self.drops_df  # else the gateway makes the chunks
         # The longest READ or WRITE that the upstream takes, whole blocks of its own.
         self.piece = max(served.block_sizes.maximum & -served.block_sizes.minimum, 1)
@@ -86,7 +87,7 @@ class RequestRules:
     def payload(self, kind: int, flags: int, length: int) -> int:
         """How many bytes follow this header. Raises PeerError for a payload that is an attack.
 
-        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on whatever command. It "MUST be set"
+        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on any command. It "MUST be set"
         on a WRITE: without it nobody can tell whether what follows is data or the next request.
         """
         if self.extended and kind == _WRITE and not flags & _PAYLOAD_LEN:

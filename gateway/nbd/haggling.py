@@ -62,6 +62,7 @@ from gateway.nbd.wire import (
 
 _WITH_DATA = frozenset({Opt.INFO, Opt.GO, Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT})
 
+CHUNKS_FIRST = "meta contexts need NBD_OPT_STRUCTURED_REPLY first"
 EXTENDED_REQUIRED = "the NBD server wants extended headers for this"
 UPSTREAM_UNAVAILABLE = "the NBD server behind this gateway cannot be reached"
 
@@ -194,14 +195,14 @@ class Haggling:
 
     def _query_contexts(self, message: Option) -> list[Effect]:
         select = message.number == Opt.SET_META_CONTEXT
-        if not (self._structured or self._extended):
-            raise Malformed("meta contexts need NBD_OPT_STRUCTURED_REPLY first")
+        if select and not (self._structured or self._extended):
+            raise Malformed(CHUNKS_FIRST)  # to list them is only a "SHOULD NOT": see `_queried`
         query = unpack_meta_query(message.data)
         upstream_name = self._policy.upstream_name(query.name)
         if upstream_name is None:
             return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
         self._asked_name = query.name
-        if not (self._chunks_below or self._extended):  # none to list or to select: no error
+        if self._structured and not self._chunks_below:  # ours: none to list or to select
             return [Send(option_reply(message.number, Rep.ACK))]
         return self._ask(message, QueryContexts(upstream_name, query.queries, select))
 
@@ -256,6 +257,8 @@ class Haggling:
                 return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
             case Refused(kind=Rep.ERR_EXT_HEADER_REQD):
                 return [refusal(message, Rep.ERR_EXT_HEADER_REQD, EXTENDED_REQUIRED)]
+            case Refused(kind=Rep.ERR_INVALID) if not (self._structured or self._extended):
+                return [refusal(message, Rep.ERR_INVALID, CHUNKS_FIRST)]
             case _:  # an upstream without meta contexts has none to select: no error
                 contexts = ()
         if message.number == Opt.SET_META_CONTEXT:

@@ -36,14 +36,30 @@ GO = option(Opt.GO, info_data())
 SET = option(Opt.SET_META_CONTEXT, meta_data("", ("base:allocation",)))
 
 
-@pytest.mark.parametrize("number", [Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT])
-def test_meta_contexts_need_structured_replies_first(number: int) -> None:
+def test_selecting_needs_structured_replies_first() -> None:
     """(H11)."""
     front = Front()
-    raw = option(number, meta_data("", ("base:",)))
-    assert front.say(raw) == [Reply(number, Rep.ERR_INVALID)]
+    raw = option(Opt.SET_META_CONTEXT, meta_data("", ("base:",)))
+    assert front.say(raw) == [Reply(Opt.SET_META_CONTEXT, Rep.ERR_INVALID)]
     front.upstream = Refused(Rep.ERR_UNSUP)
-    assert front.say(STRUCTURED + raw)[1:] == [Reply(number, Rep.ERR_INVALID)]
+    assert front.say(STRUCTURED + raw)[1:] == [Reply(Opt.SET_META_CONTEXT, Rep.ERR_INVALID)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Contexts((ALLOCATION,)), Rep.META_CONTEXT),
+        (Refused(Rep.ERR_INVALID), Rep.ERR_INVALID),
+        (Refused(Rep.ERR_UNSUP), Rep.ACK),
+    ],
+)
+def test_listing_without_them_is_for_the_upstream_to_refuse(
+    answer: Contexts | Refused, expected: int
+) -> None:
+    """ "SHOULD NOT be requested", and the server "MAY send NBD_REP_ERR_INVALID"."""
+    first = Front(answer).say(option(Opt.LIST_META_CONTEXT, meta_data("", ())))[0]
+    assert isinstance(first, Reply)
+    assert first.kind == expected
 
 
 def contexts_after(*options: bytes, upstream: object = None) -> tuple[MetaContext, ...]:

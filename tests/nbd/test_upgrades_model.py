@@ -8,6 +8,7 @@ not make, a client's eyes for every rule of framing, and a book of what each req
 from __future__ import annotations
 
 import random
+import struct
 
 import pytest
 from hypothesis import given, settings
@@ -119,6 +120,29 @@ def test_client_breaks_the_protocol(
     session.end_with(bad)
     assert session.line.machine.client_fault
     session.run(rng.randrange(20))
+    session.drain()
+    session.check()
+
+
+@pytest.mark.parametrize(
+    ("ids", "tail"),
+    [
+        ([3], b""),
+        ([0, 3], b""),
+        ([3, 3], b""),
+        ([3, 77], b""),
+        ([], b""),
+        ([3], b"\0"),
+        ([3] * 9, b""),
+    ],
+    ids=["one", "both", "twice", "unknown", "none", "odd length", "many"],
+)
+def test_meta_contexts_in_a_payload(ids: list[int], tail: bytes) -> None:
+    """Extended headers: the filter goes up as it is, or is refused; the next request is found."""
+    payload = struct.pack(f">Q{len(ids)}I", 4096, *ids) + tail
+    asks = [Ask(Cmd.BLOCK_STATUS, 512, len(payload), PAYLOAD_LEN, payload), Ask(Cmd.READ, 0, 512)]
+    session = Session(Setup(Mask()), asks, random.Random(1), manner=Manner(pieces=(7,)))
+    session.run(100)
     session.drain()
     session.check()
 

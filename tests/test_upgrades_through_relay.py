@@ -161,6 +161,7 @@ class Live:
                 self.upstream.work()
                 await trio.lowlevel.checkpoint()
             message = self.upstream.speak()
+            self.book.ending = self.upstream.closing
             if self.last_words <= len(message):
                 self.book.lost = True
                 await self.rig.upstream.send(message[: self.last_words])
@@ -187,7 +188,7 @@ NEVER = 1 << 62
 FAULTS = [NO_FAULTS, Faults(0.1), Faults(bad=((4096, 4608, 5), (8192, 8704, 28)))]
 
 
-async def _live(lane: Lane, seed: int) -> Live:
+async def _live(lane: Lane, seed: int, faults: Faults | None = None) -> Live:
     rng = random.Random(seed)
     setup = some.setup(rng.randrange(1 << 32))
     rig = await lane(terms=setup.terms, buffers=rng.choice([0, 4096]), tls=rng.random() < 0.3)
@@ -196,7 +197,7 @@ async def _live(lane: Lane, seed: int) -> Live:
         setup,
         some.asks(setup, some.random_specs(rng, rng.choice([5, 30]))),
         rng,
-        faults=rng.choice(FAULTS),
+        faults=faults or rng.choice(FAULTS),
         serial=rng.random() < 0.3,
         window=rng.choice([1, 8, 30]),
     )
@@ -224,6 +225,19 @@ async def test_upstream_is_lost(lane: Lane, seed: int) -> None:
     if live.book.unanswered:
         assert live.simple
         assert live.eyes.mid_message
+
+
+@pytest.mark.parametrize("seed", range(examples(30)))
+async def test_upstream_shuts_down(lane: Lane, seed: int) -> None:
+    """It has answered ESHUTDOWN: it is told goodbye, and the client that there is no more."""
+    live = await _live(lane, seed, Faults(shutdown_odds=0.1))
+    live.book.unsure = True
+    async with trio.open_nursery() as nursery:
+        for task in (live.listen, live.serve, live.send):
+            nursery.start_soon(task)
+    end = await live.rig.ended()
+    assert end is (SessionEnd.UPSTREAM_LOST if live.book.ending else SessionEnd.DISCONNECTED)
+    live.check()
 
 
 # ---------------------------------------------------------------- all sockets full

@@ -12,6 +12,7 @@ import pytest
 
 from tests.peers.bench import SIZE, UPSTREAMS, Bench, Front
 from tests.support.peers import NbdServer
+from tests.support.trixie import Trixie, trixie
 
 HERE = Path(__file__).parent
 
@@ -38,6 +39,13 @@ def disk(
         server = UPSTREAMS[request.param](bench)
         export = ["--export", "disk"] if isinstance(server, NbdServer) else []
         yield bench.gateway(server, *export)
+
+
+@pytest.fixture(scope="module")
+def newer() -> Iterator[Trixie]:
+    """The programs of Debian trixie."""
+    with trixie() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -306,13 +306,15 @@ def _has_libnbd() -> bool:
     return run(SYSTEM_PYTHON, "-c", "import nbd").returncode == 0
 
 
-def start_nbdsh(script: str, client: Client, **args: Any) -> subprocess.Popen[str]:
+def start_nbdsh(
+    script: str, client: Client, *, python: Sequence[str | Path] = (SYSTEM_PYTHON,), **args: Any
+) -> subprocess.Popen[str]:
     """Start a program for libnbd. `connect`, `failed`, `until`, `report` and `args` are there."""
-    if not _has_libnbd():
+    if python == (SYSTEM_PYTHON,) and not _has_libnbd():
         missing(f"{SYSTEM_PYTHON} has no module nbd (tests/peers/install gets it)")
     values = json.dumps({**args, "uri": client.uri}, default=str)
     return subprocess.Popen(
-        [SYSTEM_PYTHON, "-c", _PRELUDE + textwrap.dedent(script)],
+        [*python, "-c", _PRELUDE + textwrap.dedent(script)],
         env={**environment(), "ARGS": values},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

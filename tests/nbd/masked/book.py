@@ -65,8 +65,8 @@ class Book:
     def __init__(self, setup: Setup, initial: bytes) -> None:
         self.entries: dict[int, Entry] = {}  # by the client's cookie
         self.lost = False  # the upstream
-        self.unsure = False  # when the gateway learns that
         self.ending = False  # the upstream has answered ESHUTDOWN
+        self.unsure = False  # when the gateway learns of either
         self.refusing = False  # ESHUTDOWN is the answer to whatever comes now
         self._setup = setup
         self._initial = initial
@@ -118,7 +118,8 @@ class Book:
         entry.ok = not outcome.error
         ask = entry.ask
         entry.refused_as_slow = bool(ask.flags & FAST_ZERO) and outcome.error == Error.ENOTSUP
-        if self.lost and self.unsure and outcome.error == Error.ESHUTDOWN:
+        over = self.unsure and (self.lost or self.ending)
+        if over and outcome.error == Error.ESHUTDOWN:
             pass
         elif entry.refusals:
             assert outcome.error in entry.refusals, f"{ask}: {outcome.error}"

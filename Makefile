@@ -33,10 +33,10 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check bench-quick clean
+.PHONY: help demo test check bench-quick interop-matrix clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.installed ## write and read a disk through the gateway, over TLS, in one process
 	@echo "==> nbd-gateway demo --self-test"
@@ -59,6 +59,10 @@ check: .venv-check/.installed ## formatting, lint and types; changes nothing
 bench-quick: .venv/.installed ## the gateway beside nbdkit doing the same job, as ratios, in two minutes
 	@tests/peers/install
 	.venv/bin/python -m tests.bench.quick
+
+interop-matrix: .venv/.test-installed ## every client in front of every server; the table in README.md
+	@tests/peers/install
+	.venv/bin/python -m tests.interop.matrix
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

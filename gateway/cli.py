@@ -20,7 +20,14 @@ import gateway
 from gateway.errors import GatewayError, SettingsError
 from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
 from gateway.server import Server
-from gateway.settings import DEFAULT_PORT, Settings, TLSSettings, parse_listen, tls_files
+from gateway.settings import (
+    DEFAULT_PORT,
+    OLDSTYLE_NEEDS,
+    Settings,
+    TLSSettings,
+    parse_listen,
+    tls_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +337,8 @@ def _settings(
         raise SettingsError("--socket PATH is missing: the Unix socket of the NBD server behind")
     if any_export and export is not None:
         raise SettingsError("--export and --any-export exclude each other")
+    if oldstyle and tls != "off":  # said before the certificates that it has no use for are missed
+        raise SettingsError(OLDSTYLE_NEEDS)
     more: dict[str, Any] = {}
     if listen:
         more["listen"] = tuple(parse_listen(one) for one in listen)

@@ -146,6 +146,8 @@ class Session:
             self._relay.shutdown()
         elif self._machine is not None:
             self._machine.shutdown()
+            if isinstance(self._machine, OldstyleHaggling):
+                self._negotiation.cancel()  # there is no word to say, so none to wait for
 
     @property
     def unproven_s(self) -> float:
@@ -171,6 +173,8 @@ class Session:
         if agreed is None:
             if not isinstance(self._machine, Haggling):
                 self._channel.close()  # before TLS there is no end to be polite about
+            if isinstance(self._machine, OldstyleHaggling) and self._shutting_down:
+                raise _Ended(SessionEnd.SHUTDOWN)
             raise _Ended(SessionEnd.TIMEOUT, "others wait for its place" if self._evicted else "")
         return await self._transmit(agreed)
 

@@ -13,6 +13,9 @@ from gateway.errors import SettingsError
 from gateway.nbd.constants import MAX_STRING
 from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
 
+OLDSTYLE_NEEDS: Final = (
+    "--oldstyle has no TLS: it goes with --tls off, on loopback and Unix sockets"
+)
 DEFAULT_PORT: Final = 10809  # IANA's, proto.md, "Newstyle negotiation"
 MAX_SOCKET_PATH: Final = 107  # bytes in sockaddr_un, less the final NUL
 
@@ -72,9 +75,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
         if self.oldstyle and self.tls is not None:
-            raise SettingsError(
-                "--oldstyle has no TLS: it goes with --tls off, on loopback and Unix sockets"
-            )
+            raise SettingsError(OLDSTYLE_NEEDS)
         if self.oldstyle and self.export is None:
             raise SettingsError("--oldstyle has one export without a name: not with --any-export")
         for flag, seconds in (

@@ -58,7 +58,7 @@ class Upstream:
         self._channel: Channel | None = None
         self._handshake = Handshake()
         self._structured = self._extended = False  # agreed on, so it has to stay that way
-        # Block sizes by export, as far as they were told: None if an export has none to tell.
+        # Block sizes of the export that was asked about last: None if it has none to tell.
         self._sizes: dict[str, BlockSizes | None] = {}
         self._taken = False
         self._warned = False
@@ -172,7 +172,8 @@ class Upstream:
             # "Clients MAY issue NBD_OPT_INFO with NBD_INFO_BLOCK_SIZE to learn the server's
             # constraints without committing to them". A refusal is for the GO to repeat.
             learnt = await self._exchange(self._handshake.info(name, (Info.BLOCK_SIZE,)))
-            self._sizes[name] = learnt.block_sizes if isinstance(learnt, Granted) else None
+            if isinstance(learnt, Granted):
+                self._sizes = {name: learnt.block_sizes}
         option = self._handshake.go if question.go else self._handshake.info
         answer = await self._exchange(option(name, infos))
         if isinstance(answer, Refused) and answer.kind == Rep.ERR_BLOCK_SIZE_REQD and unasked:
@@ -180,8 +181,8 @@ class Upstream:
             # did not ask may be served in smaller blocks by a server that rounds.
             answer = await self._exchange(option(name, (*infos, Info.BLOCK_SIZE)))
         if isinstance(answer, Granted):
-            if not unasked:
-                self._sizes[name] = answer.block_sizes
+            if not unasked or answer.block_sizes is not None:
+                self._sizes = {name: answer.block_sizes}
             if answer.block_sizes is None:
                 answer = replace(answer, learnt_sizes=self._sizes.get(name))
         return answer

@@ -23,6 +23,7 @@ from gateway.nbd.pairing import (
     Open,
     QueryContexts,
     Refused,
+    UseExtendedHeaders,
     UseStructuredReplies,
 )
 from gateway.nbd.wire import BlockSizes, ListedExport, disconnect_request
@@ -203,7 +204,13 @@ async def test_another_export_needs_another_connection(fake: FakeUpstream, dial:
 
 
 @pytest.mark.parametrize(
-    "question", [UseStructuredReplies(), ListExports(), QueryContexts("", (), select=True)]
+    "question",
+    [
+        UseStructuredReplies(),
+        UseExtendedHeaders(),
+        ListExports(),
+        QueryContexts("", (), select=True),
+    ],
 )
 @pytest.mark.parametrize("style", ["oldstyle", "newstyle"])
 async def test_no_options_are_asked_of_who_has_none(

@@ -285,7 +285,7 @@ class Haggling:
                 return self._no_export(message, Rep(kind), "the NBD server refuses this export")
             case _:
                 return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
-        terms = self._terms(export)
+        terms = self._terms(export, go=message.number != Opt.INFO)
         if message.number == Opt.EXPORT_NAME:
             zeroes = b"" if self._no_zeroes else EXPORT_NAME_ZEROES
             answer_data = EXPORT_NAME_ANSWER.pack(terms.size, terms.flags) + zeroes
@@ -312,13 +312,14 @@ class Haggling:
         replies = [option_reply(message.number, Rep.INFO, info) for info in infos]
         return [*replies, option_reply(message.number, Rep.ACK)]
 
-    def _terms(self, export: Granted) -> Terms:
+    def _terms(self, export: Granted, *, go: bool) -> Terms:
         return agree(
             self._policy,
             export,
             name=self._asked_name,
             replies=Replies(self._structured, self._extended, self._chunks_below),
             contexts=self._contexts if self._contexts_name == self._asked_name else (),
+            go=go,
         )
 
     def _no_export(self, message: Option, kind: Rep, text: str) -> list[Effect]:

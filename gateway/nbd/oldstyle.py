@@ -26,6 +26,8 @@ class OldstyleHaggling:
 
     def begin(self) -> list[Effect]:
         """What to do when the client has connected. It says nothing first."""
+        if self._shutdown:
+            return [Close(SessionEnd.SHUTDOWN)]
         learn = Upgrade.BLOCK_SIZE in self._policy.upgrades
         return [Ask(Open(self._name, (), go=True, learn_sizes=learn))]
 

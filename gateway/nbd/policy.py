@@ -71,14 +71,18 @@ def agree(
     name: str,
     replies: Replies,
     contexts: tuple[MetaContext, ...] = (),
+    go: bool = True,
 ) -> Terms:
-    """What the client is told and what the upstream does, of one export that it granted."""
+    """What the client is told and what the upstream does, of one export that it granted.
+
+    Without `go` it is only described, and contexts may still be selected for it.
+    """
     # Sizes that were only learnt bind nobody; the payload is taken apart all the same.
     told = export.block_sizes or DEFAULT_BLOCK_SIZES
     return Terms(
         export=name,
         size=export.size,
-        flags=_told_flags(policy, export.flags, replies),
+        flags=_told_flags(policy, export.flags, replies, filters=bool(contexts) or not go),
         structured_replies=replies.structured,
         extended_headers=replies.extended,
         contexts=contexts,
@@ -92,8 +96,13 @@ def agree(
     )
 
 
-def _told_flags(policy: ExportPolicy, upstream: int, replies: Replies) -> TransmissionFlag:
-    """What can be offered, less what was not negotiated or may not be used."""
+def _told_flags(
+    policy: ExportPolicy, upstream: int, replies: Replies, *, filters: bool
+) -> TransmissionFlag:
+    """What can be offered, less what was not negotiated or may not be used.
+
+    With `filters` there are, or may yet be, meta contexts for a client to filter.
+    """
     if policy.read_only:
         upstream |= TransmissionFlag.READ_ONLY
     flags = TransmissionFlag(offered_flags(upstream, policy.upgrades))
@@ -102,7 +111,7 @@ def _told_flags(policy: ExportPolicy, upstream: int, replies: Replies) -> Transm
         flags &= ~TransmissionFlag.SEND_DF
     elif Upgrade.STRUCTURED_REPLIES in policy.upgrades:
         flags |= TransmissionFlag.SEND_DF
-    if not replies.extended:
+    if not (replies.extended and filters):
         flags &= ~TransmissionFlag.BLOCK_STATUS_PAYLOAD
     if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
         flags &= ~TransmissionFlag.SEND_FAST_ZERO

@@ -138,6 +138,11 @@ class RequestWalk:
             self.done = True
             return _STOP
         rules = self._rules
+        if rules.extended and request.kind == _WRITE and not request.flags & _PAYLOAD_LEN:
+            # The flag "MUST be set", and QEMU 10 forgets it; "the write command always sends a
+            # payload" all the same. The upstream gets it as it should be.
+            U16.pack_into(buffer, at + FLAGS_AT, request.flags | _PAYLOAD_LEN)
+            return at  # to be looked at again
         try:
             payload = rules.payload(request.kind, request.flags, request.length)
         except PeerError as fault:

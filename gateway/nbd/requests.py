@@ -87,11 +87,8 @@ class RequestRules:
     def payload(self, kind: int, flags: int, length: int) -> int:
         """How many bytes follow this header. Raises PeerError for a payload that is an attack.
 
-        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on any command. It "MUST be set"
-        on a WRITE: without it nobody can tell whether what follows is data or the next request.
+        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN says so, on any command.
         """
-        if self.extended and kind == _WRITE and not flags & _PAYLOAD_LEN:
-            raise PeerError("client", "NBD_CMD_WRITE without NBD_CMD_FLAG_PAYLOAD_LEN")
         if not (flags & _PAYLOAD_LEN if self.extended else kind == _WRITE):
             return 0
         if length > max(self._max_payload, MAX_UNADVERTISED_PAYLOAD):

@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tests.interop.catalogue import Stage
 from tests.interop.clients import PROGRAMS, SIZE, Cell, Program
 from tests.interop.comparison import Shape, Tools, Way, ask
 from tests.interop.rules import UPGRADES, facts
-from tests.interop.tap import EXTENDED_HEADERS, Session
+from tests.interop.tap import EXTENDED_HEADERS
 from tests.peers.bench import Front
 from tests.support.gateway import Gateway
 from tests.support.peers import NbdServer, Server, run, said
@@ -93,10 +93,9 @@ class Result:
 class Column:
     """One upstream with a gateway in front of it, and a tap between them."""
 
-    def __init__(self, upstream: Upstream, stage: Stage, newer: Trixie | None) -> None:
+    def __init__(self, upstream: Upstream, stage: Stage) -> None:
         self.upstream = upstream
         self.stage = stage
-        self.newer = newer
         server = upstream.start(stage, stage.image(SIZE))
         self.name = "disk" if isinstance(server, NbdServer) else ""
         self.tap = stage.tap(server)
@@ -120,10 +119,10 @@ class Column:
         direct = self.front.direct(self.name)
         shape = Shape.of(direct)
         seen = ask(Tools(), direct, shape, [Way("look", ())])["look"].facts
-        return [name for name in UPGRADES if facts(seen, (name,)) != seen]
+        return [f"`{name}`" for name in UPGRADES if facts(seen, (name,)) != seen]
 
     def run(self, program: Program, picture: Path, work: Path) -> Result:
-        newer = self.newer if program.newer else None
+        newer = self.stage.newer if program.newer else None
         before = len(self.tap.sessions)
         failure = ""
         try:
@@ -131,11 +130,15 @@ class Column:
         except Exception as error:  # a cell that fails says so in the table
             failure = _last_words(error)
         sessions = self.tap.sessions[before:]
-        return Result(failure, _union(sessions, Session.asked), _union(sessions, Session.granted))
+        return Result(
+            failure,
+            asked=_numbers(session.asked() for session in sessions),
+            granted=_numbers(session.granted() for session in sessions),
+        )
 
 
-def _union(sessions: Sequence[Session], numbers: Callable[[Session], set[int]]) -> frozenset[int]:
-    return frozenset().union(*(numbers(session) for session in sessions))
+def _numbers(sets: Iterable[Iterable[int]]) -> frozenset[int]:
+    return frozenset(number for one in sets for number in one)
 
 
 def _last_words(error: Exception) -> str:
@@ -184,50 +187,46 @@ def pictures(directory: Path) -> list[Path]:
     return paths
 
 
+def try_all(
+    upstream: Upstream, programs: Sequence[Program], both: Sequence[Path], stage: Stage
+) -> tuple[Column, list[Result]]:
+    """One column, from the top to the bottom."""
+    column = Column(upstream, stage)
+    results = []
+    for i, program in enumerate(programs):
+        work = stage.directory()
+        picture = work / "picture"
+        picture.write_bytes(both[i % 2].read_bytes())
+        results.append(column.run(program, picture, work))
+        pair = f"{title(program, '')} in front of {title(upstream, '')}"
+        print(f"{pair}: {results[-1].failure or 'ok'}", file=sys.stderr)
+    return column, results
+
+
 def table(root: Path, newer: Trixie | None) -> tuple[list[str], bool]:
     """The lines of the table, and whether all cells are well."""
     pki = root / "pki"
     certs.init(pki)
     both = pictures(root)
     programs = [one for one in PROGRAMS if newer or not one.newer]
-    upstreams = [one for one in UPSTREAMS if newer or not one.newer]
-    columns: list[Column] = []
-    results: dict[tuple[int, int], Result] = {}
-    for x, upstream in enumerate(upstreams):
+    tried: list[tuple[Column, list[Result]]] = []
+    for i, upstream in enumerate(one for one in UPSTREAMS if newer or not one.newer):
+        place = newer.directory() if newer else root / str(i)
+        place.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
-            place = newer.directory() if newer else root / str(x)
-            place.mkdir(exist_ok=True)
-            column = Column(upstream, Stage(place, pki, stack, newer), newer)
-            columns.append(column)
-            for y, program in enumerate(programs):
-                work = place / f"work-{y}"
-                work.mkdir()
-                picture = work / "picture"
-                picture.write_bytes(both[y % 2].read_bytes())
-                results[x, y] = column.run(program, picture, work)
-                word = results[x, y].failure or "ok"
-                pair = f"{title(program, '')} in front of {title(upstream, '')}"
-                print(f"{pair}: {word}", file=sys.stderr)
-    rows = [[CORNER, *(_title(column.upstream, newer) for column in columns)]]
-    for y, program in enumerate(programs):
-        asks = _union_of(results[x, y].asked for x in range(len(columns)))
-        row = [_title(program, newer)]
-        for x, column in enumerate(columns):
-            row.append(_cell(program, results[x, y], asks, converts=column.converts))
-        rows.append(row)
-    added = (", ".join(f"`{name}`" for name in column.added) or "nothing" for column in columns)
-    rows.append([ADDED, *added])
-    lines = [
-        f"| {' | '.join(row)} |".replace("| --- ", "|---").replace("--- |", "---|") for row in rows
-    ]
-    return lines, not any(result.failure for result in results.values())
+            tried.append(try_all(upstream, programs, both, Stage(place, pki, stack, newer)))
+    rows = [[CORNER, *(_title(column.upstream, newer) for column, _ in tried)]]
+    for i, program in enumerate(programs):
+        asks = _numbers(results[i].asked for _, results in tried)
+        cells = [_cell(program, results[i], asks, column.converts) for column, results in tried]
+        rows.append([_title(program, newer), *cells])
+    rows.append([ADDED, *(", ".join(column.added) or "nothing" for column, _ in tried)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return lines, not any(one.failure for _, results in tried for one in results)
 
 
-def _union_of(sets: Iterator[frozenset[int]]) -> frozenset[int]:
-    return frozenset().union(*sets)
-
-
-def _cell(program: Program, result: Result, asks: frozenset[int], *, converts: bool) -> str:
+def _cell(program: Program, result: Result, asks: frozenset[int], converts: bool) -> str:
     if result.failure:
         return f"{FAILED}: {result.failure}"
     return f"ok, {program.note or dialect(result, asks, converts=converts)}"

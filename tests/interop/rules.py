@@ -26,6 +26,10 @@ UPGRADES = ("write-zeroes", "fua", "structured-replies", "block-size")
 PAYLOAD = 32 * MIB  # what an upstream takes that does not say how much
 ZERO_BLOCK = 4096  # in which zeroes are looked for
 
+# An upstream that does not know NBD_OPT_LIST_META_CONTEXT has none to list, which is no error.
+NO_CONTEXTS = [0, []]
+UNKNOWN_OPTION = ["ENOTSUP", []]
+
 Facts = dict[str, Any]
 
 

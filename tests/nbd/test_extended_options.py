@@ -33,6 +33,8 @@ from tests.nbd.support import (
     all_cuts,
     context,
     info_data,
+    info_export,
+    listed,
     meta_data,
     option,
     option_reply,
@@ -130,6 +132,106 @@ def test_towards_the_upstream(kind: int, expected: Answer) -> None:
     assert handshake.receive(option_reply(Opt.EXTENDED_HEADERS, kind)) == expected
 
 
+def test_what_goes_on_as_before() -> None:
+    front = Front()
+    front.say(EXTENDED)
+    assert front.say(option(Opt.LIST)) == [
+        Reply(Opt.LIST, Rep.SERVER, listed("")),
+        acked(Opt.LIST),
+    ]
+    assert front.say(option(99)) == [Reply(99, Rep.ERR_UNSUP)]
+    assert front.say(option(Opt.STRUCTURED_REPLY, b"x")) == [
+        Reply(Opt.STRUCTURED_REPLY, Rep.ERR_INVALID)
+    ]
+    assert front.say(option(Opt.ABORT)) == [acked(Opt.ABORT), Close(SessionEnd.ABORTED)]
+
+
+def test_second_time_is_invalid_and_the_first_stands() -> None:
+    """(H7)."""
+    front = Front()
+    front.say(EXTENDED + EXTENDED + option(Opt.EXTENDED_HEADERS, b"x") + GO)
+    assert front.terms
+    assert front.terms.extended_headers
+    assert front.questions.count(UseExtendedHeaders()) == 1
+
+
+@pytest.mark.parametrize("answer", [Refused(Rep.ERR_UNSUP), Unavailable()])
+def test_after_a_refusal_structured_replies_are_there_as_before(answer: Answer) -> None:
+    """And whoever asks again, perhaps of an upstream that is there now, may get them."""
+    front = Front(answer)
+    front.say(EXTENDED)
+    front.upstream = willing
+    assert front.say(STRUCTURED) == [acked(Opt.STRUCTURED_REPLY)]
+    assert front.say(EXTENDED) == [acked(Opt.EXTENDED_HEADERS)]
+
+
+def test_refusal_leaves_structured_replies_on() -> None:
+    front = Front(lambda asked: willing(asked) if asked != UseExtendedHeaders() else Refused(1))
+    front.say(STRUCTURED + EXTENDED + GO)
+    assert front.terms
+    assert (front.terms.structured_replies, front.terms.extended_headers) == (True, False)
+    assert front.terms.served.structured_replies
+
+
+def test_contexts_that_were_set_before_are_still_set() -> None:
+    front = Front()
+    front.say(STRUCTURED + SET + EXTENDED + GO)
+    assert front.terms
+    assert front.terms.contexts == (ALLOCATION,)
+
+
+def test_shutdown_refuses_them() -> None:
+    """(H12)."""
+    front = Front()
+    front.machine.shutdown()
+    assert front.say(EXTENDED) == [Reply(Opt.EXTENDED_HEADERS, Rep.ERR_SHUTDOWN)]
+    assert front.questions == []
+
+
+@pytest.mark.parametrize("first", [b"", STRUCTURED])
+def test_upstream_that_comes_without_structured_replies_can_have_them(first: bytes) -> None:
+    """The upgrade of one thing is not in the way of the other."""
+    front = Front(
+        lambda asked: Acked() if asked == UseExtendedHeaders() else poor(asked), policy=UPGRADED
+    )
+    front.say(first, EXTENDED, SET, GO)
+    assert QueryContexts("", ("base:allocation",), select=True) in front.questions
+    assert front.terms
+    assert (front.terms.structured_replies, front.terms.extended_headers) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [(b"", False), (SET, True), (SET + option(Opt.SET_META_CONTEXT, b""), False)],
+)
+def test_filters_are_told_of_in_go_if_there_is_something_to_filter(
+    before: bytes, told: bool
+) -> None:
+    flags = int(ALL_FEATURES | Tf.BLOCK_STATUS_PAYLOAD)
+    front = Front(
+        lambda asked: Granted(MIB, flags) if isinstance(asked, Open) else willing(asked),
+        policy=ExportPolicy(None),
+    )
+    front.say(EXTENDED, before)
+    for name in ("", "other"):
+        info = option(Opt.INFO, info_data(name))
+        assert front.say(info)[0] == Reply(Opt.INFO, Rep.INFO, info_export(MIB, flags))
+    expected = flags if told else flags & ~Tf.BLOCK_STATUS_PAYLOAD
+    assert front.say(GO)[0] == Reply(Opt.GO, Rep.INFO, info_export(MIB, expected))
+
+
+def test_filters_are_not_for_the_contexts_of_another_export() -> None:
+    flags = int(ALL_FEATURES | Tf.BLOCK_STATUS_PAYLOAD)
+    front = Front(
+        lambda asked: Granted(MIB, flags) if isinstance(asked, Open) else willing(asked),
+        policy=ExportPolicy(None),
+    )
+    front.say(EXTENDED, SET, option(Opt.GO, info_data("other")))
+    assert front.terms
+    assert front.terms.contexts == ()
+    assert not front.terms.flags & Tf.BLOCK_STATUS_PAYLOAD
+
+
 # -- structured replies that the gateway makes
 
 
@@ -160,6 +262,44 @@ def test_there_are_no_meta_contexts_then() -> None:
     front.say(GO)
     assert front.terms
     assert front.terms.contexts == ()
+
+
+@pytest.mark.parametrize("number", [Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT])
+@pytest.mark.parametrize("data", [b"", meta_data("", ("q" * 4097,)), meta_data() + b"\0"])
+def test_malformed_query_is_invalid_also_where_nobody_would_be_asked(
+    number: int, data: bytes
+) -> None:
+    """(H11)."""
+    front = Front(poor, policy=UPGRADED)
+    front.say(STRUCTURED)
+    assert front.say(option(number, data)) == [Reply(number, Rep.ERR_INVALID)]
+
+
+def test_second_structured_reply_is_invalid_whoever_makes_them() -> None:
+    """(H7)."""
+    front = Front(poor, policy=UPGRADED)
+    assert front.say(STRUCTURED + STRUCTURED) == [
+        acked(Opt.STRUCTURED_REPLY),
+        Reply(Opt.STRUCTURED_REPLY, Rep.ERR_INVALID),
+    ]
+
+
+@pytest.mark.parametrize("flags", [int(Tf.HAS_FLAGS), int(Tf.HAS_FLAGS | Tf.SEND_DF)])
+@pytest.mark.parametrize("upgrades", [UPGRADED.upgrades, frozenset({Upgrade.FUA})])
+def test_unfragmented_reads_of_an_upstream_with_chunks_of_its_own(
+    flags: int, upgrades: frozenset[Upgrade]
+) -> None:
+    """(2e): the gateway puts them together, unless it may not."""
+    front = Front(
+        lambda asked: Granted(MIB, flags) if isinstance(asked, Open) else willing(asked),
+        policy=ExportPolicy(upgrades=upgrades),
+    )
+    front.say(STRUCTURED, GO)
+    assert front.terms
+    told = flags & Tf.SEND_DF or Upgrade.STRUCTURED_REPLIES in upgrades
+    assert bool(front.terms.flags & Tf.SEND_DF) == bool(told)
+    assert front.terms.served.flags == flags
+    assert front.terms.served.structured_replies
 
 
 def test_upstreams_own_are_used_when_it_has_them() -> None:

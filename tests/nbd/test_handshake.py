@@ -167,6 +167,7 @@ def test_close_before_a_greeting_is_told_from_one_after() -> None:
     ("ask", "raw"),
     [
         (Handshake.structured_reply, option(Opt.STRUCTURED_REPLY)),
+        (Handshake.extended_headers, option(Opt.EXTENDED_HEADERS)),
         (Handshake.starttls, option(Opt.STARTTLS)),
         (Handshake.list_exports, option(Opt.LIST)),
         (Handshake.abort, option(Opt.ABORT)),
@@ -199,7 +200,15 @@ def test_options_are_only_for_fixed_newstyle(raw: bytes) -> None:
 # -- what is answered
 
 
-@pytest.mark.parametrize("ask", [Handshake.structured_reply, Handshake.starttls, Handshake.abort])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        Handshake.structured_reply,
+        Handshake.extended_headers,
+        Handshake.starttls,
+        Handshake.abort,
+    ],
+)
 def test_ack_alone_is_an_answer(ask: Callable[[Handshake], bytes]) -> None:
     number = struct.unpack_from(">I", ask(greeted()), 8)[0]
     assert answer(ask, option_reply(number, Rep.ACK)) == Acked()

@@ -21,10 +21,10 @@ def told(
     replies: Replies | None = None,
     *,
     read_only: bool = False,
+    **more: object,
 ) -> Terms:
-    return agree(
-        ExportPolicy("", read_only, upgrades), export, name="", replies=replies or Replies()
-    )
+    policy = ExportPolicy("", read_only, upgrades)
+    return agree(policy, export, name="", replies=replies or Replies(), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,23 @@ def test_unfragmented_reads_need_chunks(below: int) -> None:
         assert told(export, NO_UPGRADES, replies).flags & Tf.SEND_DF == below
 
 
-def test_filters_need_extended_headers() -> None:
-    export = Granted(MIB, ALL_FEATURES | Tf.BLOCK_STATUS_PAYLOAD)
-    assert not told(export, replies=Replies(structured=True)).flags & Tf.BLOCK_STATUS_PAYLOAD
-    assert told(export, replies=Replies(extended=True)).flags & Tf.BLOCK_STATUS_PAYLOAD
+@pytest.mark.parametrize("go", [True, False])
+@pytest.mark.parametrize("contexts", [(), (MetaContext(1, "base:allocation"),)])
+@pytest.mark.parametrize("extended", [True, False])
+def test_filters_need_extended_headers_and_contexts(
+    extended: bool, contexts: tuple[MetaContext, ...], go: bool
+) -> None:
+    """(EX): "MUST NOT" without the one, "SHOULD NOT" in the answer to GO without the other.
+
+    Behind NBD_OPT_INFO contexts may still be selected.
+    """
+    replies = Replies(structured=not extended, extended=extended)
+    for flag in (0, Tf.BLOCK_STATUS_PAYLOAD):
+        export = Granted(MIB, int(ALL_FEATURES | flag))
+        terms = told(export, replies=replies, contexts=contexts, go=go)
+        expected = flag if extended and (contexts or not go) else 0
+        assert terms.flags & Tf.BLOCK_STATUS_PAYLOAD == expected
+        assert terms.served.flags == export.flags
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.interop import judge
 from tests.interop.catalogue import NEWER, VARIANTS, Stage
 from tests.interop.comparison import NewerTools, Tools
 from tests.interop.examination import MODES, Case, Examination, Front
-from tests.support.trixie import Trixie, trixie
+from tests.support.trixie import Trixie
 
 SHOWN = 12  # differences, in one test
 
@@ -30,12 +30,6 @@ def fronts(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
             fronts[mode] = Front(tmp_path_factory.mktemp("front"), pki, upgrades)
             stack.enter_context(fronts[mode].gateway)
         yield fronts
-
-
-@pytest.fixture(scope="module")
-def newer() -> Iterator[Trixie]:
-    with trixie() as found:
-        yield found
 
 
 @pytest.fixture(

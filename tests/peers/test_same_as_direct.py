@@ -1,14 +1,20 @@
-"""What a client can learn of an export is the same through the gateway as without it."""
+"""What must be the same through the gateway as without it, and takes more than one question.
+
+See test_fidelity.py for everything that can be asked.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.peers.bench import MIB, SIZE, UPSTREAMS, Bench
-from tests.support.peers import Client, NbdServer, Server, check, nbdsh
+from tests.peers.bench import MIB, SIZE, Bench
+from tests.support.peers import Client, Server, check, nbdsh
+from tests.support.trixie import Trixie
 
 BLOCKS = ("blocksize-minimum=4096", "blocksize-preferred=65536", "blocksize-maximum=1M")
 
@@ -23,73 +29,58 @@ def policy(action: str) -> list[str]:
     ]
 
 
-VARIANTS: dict[str, Any] = {
-    **UPSTREAMS,
-    "read-only": lambda bench: bench.nbdkit("-r", "memory", "1M"),
-    "qemu-read-only": lambda bench: bench.qemu_nbd("-r", "-f", "raw", bench.image(MIB)),
-    "no-features": lambda bench: bench.nbdkit(
-        *("--filter=nozero", "--filter=noextents", "--filter=nocache", "--filter=multi-conn"),
-        *("split", bench.image(MIB), "cachemode=none", "multi-conn-mode=disable"),
-    ),
-    "block-sizes": lambda bench: bench.nbdkit(*policy("allow")),
-    "description": lambda bench: bench.qemu_nbd(
-        "-D", "Grüße & <angle> brackets", "-f", "raw", bench.image(MIB)
-    ),
-    "rotational": lambda bench: bench.nbdkit(
-        "--filter=swab", "file", bench.image(MIB), "swab-bits=8"
-    ),
-    "empty": lambda bench: bench.nbdkit("memory", "0"),
-    "pattern": lambda bench: bench.nbdkit("pattern", "5G"),
-}
+def export(client: Client) -> dict[str, Any]:
+    """What nbdinfo says of one export, without what must differ."""
+    (told,) = json.loads(check("nbdinfo", "--json", client.uri))["exports"]
+    del told["uri"]
+    return dict(told)
 
 
-NO_OPTIONS = ("nbdkit-oldstyle", "nbdkit-mask-handshake-0", "nbdkit-mask-handshake-2")
-
-
-def told(client: Client, *flags: str) -> Any:
-    """What nbdinfo says, without what must differ."""
-    document = json.loads(check("nbdinfo", "--json", *flags, client.uri))
-    assert document.pop("TLS") is (client.certificates is not None)
-    assert document.pop("protocol").startswith(
-        "newstyle" if client.certificates else ("newstyle", "oldstyle")
+def exports(bench: Bench) -> Server:
+    """Two exports, of which the second has a description."""
+    directory = bench.directory()
+    for name, size in (("a", 1 << 20), ("b ü", 2 << 20)):
+        with (directory / name).open("wb") as file:
+            file.truncate(size)
+    names = ["exportname=a", "exportname=b ü", "exportname-list=explicit"]
+    described = ['exportdesc=script:if [ "$name" != a ]; then echo Größeres; fi']
+    return bench.nbdkit(
+        "--filter=exportname", "file", f"dir={directory}", *names, "exportname-strict=1", *described
     )
-    for export in document["exports"]:
-        export.pop("uri")
-    return document
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_nbdinfo_says_the_same(bench: Bench, variant: str) -> None:
-    server: Server = VARIANTS[variant](bench)
-    name = "disk" if isinstance(server, NbdServer) else ""
-    front = bench.plain_gateway(server, "--export", name)
-    assert told(front.client(name)) == told(front.direct(name))
-    # A server without options cannot be asked for a list; the gateway has one all the same.
-    listing = "--no-content" if variant in NO_OPTIONS else "--list"
-    assert told(front.client(name), "--list") == told(front.direct(name), listing)
+def test_the_one_export_of_many(bench: Bench) -> None:
+    """With --export it has two names for clients, and looks the same under both."""
+    front = bench.gateway(exports(bench), "--export", "b ü")
+    direct = export(front.direct("b ü"))
+    assert direct["export-size"] == 2 * MIB
+    assert direct["description"] == "Größeres"
+    assert export(front.client("b ü")) == direct
+    assert export(front.client("")) | {"export-name": "b ü"} == direct
+    listed = json.loads(check("nbdinfo", "--json", "--list", front.client().uri))["exports"]
+    assert [one["export-name"] for one in listed] == ["b ü"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_libnbd_negotiates_the_same(bench: Bench, variant: str) -> None:
-    server: Server = VARIANTS[variant](bench)
-    name = "disk" if isinstance(server, NbdServer) else ""
-    front = bench.plain_gateway(server, "--export", name)
+def test_a_write_without_the_flag_that_it_must_have(newer: Trixie, pki: Path) -> None:
+    """With extended headers qemu's client leaves NBD_CMD_FLAG_PAYLOAD_LEN out, and its server does
+    not mind."""
     script = """
-    out = {}
-    for structured in (True, False):
-        h = connect(request_structured_replies=structured, full_info=True)
-        out[str(structured)] = {
-            "size": h.get_size(), "structured": h.get_structured_replies_negotiated(),
-            "read-only": h.is_read_only(), "rotational": h.is_rotational(),
-            "blocks": [h.get_block_size(i) for i in range(3)],
-            **{name: getattr(h, "can_" + name)() for name in (
-                "cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero")},
-            "first": h.pread(4096, 0).hex() if h.get_size() else "",
-        }
-        h.shutdown()
-    report(**out)
+    h = connect(strict_mode=0)
+    h.pwrite(b"x" * 4096, 0)
+    h.pwrite(b"y" * 512, 4096, nbd.CMD_FLAG_FUA)
+    report(extended=h.get_extended_headers_negotiated(), data=h.pread(8192, 0).hex())
+    h.shutdown()
     """
-    assert nbdsh(script, front.client(name)) == nbdsh(script, front.direct(name))
+    with contextlib.ExitStack() as stack:
+        bench = Bench(newer.directory(), pki, stack)
+        server = stack.enter_context(newer.qemu_nbd("-f", "raw", bench.image(MIB)))
+        front = bench.gateway(server)
+        through = newer.nbdsh(script, front.client())
+        assert through == newer.nbdsh(script, front.direct())
+        assert through == {
+            "extended": True,
+            "data": (b"x" * 4096 + b"y" * 512 + bytes(3584)).hex(),
+        }
 
 
 def test_the_size_is_not_taken_from_nbd_opt_info(bench: Bench) -> None:

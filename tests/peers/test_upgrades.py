@@ -215,4 +215,4 @@ def test_oldstyle_client_without_a_server_is_hung_up_on(bench: Bench) -> None:
     server.kill()
     with pytest.raises(AssertionError):
         check("nbdinfo", Client(front.gateway.uri).uri)
-    assert "the NBD server behind cannot be reached" in front.gateway.log()
+    front.gateway.wait_log("the NBD server behind cannot be reached")

@@ -336,8 +336,6 @@ def refusals(setup: Setup, ask: Ask) -> frozenset[int]:
         found.add(Error.EINVAL)
     if kind in WRITES and terms.read_only:
         found.add(Error.EPERM)
-    if kind == Cmd.WRITE and extended and not ask.flags & PAYLOAD_LEN:
-        found.add(Error.EINVAL)
     if kind == Cmd.FLUSH:
         return frozenset(found | {Error.EINVAL} if ask.offset or ask.length else found)
     if ask.stop > terms.size:

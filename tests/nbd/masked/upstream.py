@@ -225,7 +225,7 @@ class MaskedUpstream:
         lines = content
         if op.error:
             lines = content[: rng.randrange(len(content) + 1)]
-            if op.error == Error.EOVERFLOW and op.ask.flags & DF:
+            if self._too_large(op.ask) or (op.error == Error.EOVERFLOW and op.ask.flags & DF):
                 lines = []
             lines = [*lines, self._error_line(op)]
         if not lines or rng.random() < 0.5:

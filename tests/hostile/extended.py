@@ -6,7 +6,7 @@ import struct
 
 from tests.hostile.session import Session
 from tests.support.fake_upstream import DONE, Link, Script, pattern
-from tests.support.rawclient import Cmd, Ct, Opt, RawClient, Rep
+from tests.support.rawclient import Cmd, Ct, RawClient, Rep
 
 EXTENDED_HEADERS = 11
 ERR_EXT_HEADER_REQD = (1 << 31) + 10
@@ -74,6 +74,3 @@ def compact(client: RawClient) -> Session:
     session = Session(client, client.go(), {})
     session.check()
     return session
-
-
-__all__ = ["ERR_EXT_HEADER_REQD", "EXTENDED_HEADERS", "Extended", "Opt"]

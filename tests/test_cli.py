@@ -21,7 +21,9 @@ from cryptography.hazmat.primitives import serialization
 
 import gateway
 from gateway.cli import main
+from gateway.nbd.upgrades import Upgrade
 from gateway.pki import CertificateAuthority
+from gateway.settings import Settings
 from tests.support.gateway import ROOT, environment
 
 pytestmark = pytest.mark.timeout(60)
@@ -184,6 +186,27 @@ WRONG = {
     ),
     "export too long": (f"--export {4097 * 'x'} {GOOD}", "--export 4096"),
     "export not UTF-8": (f"--export \udcff {GOOD}", "--export"),
+    "no such upgrade": (f"--no-upgrade trim {GOOD}", "--no-upgrade trim write-zeroes block-size"),
+    "upgrade in capitals": (f"--no-upgrade FUA {GOOD}", "--no-upgrade FUA"),
+    "two upgrades in one": (f"--no-upgrade fua,block-size {GOOD}", "--no-upgrade fua,block-size"),
+    "--oldstyle and nothing about TLS": ("--oldstyle --socket s", "--oldstyle TLS --tls off"),
+    "--oldstyle with TLS": (f"--oldstyle {GOOD}", "--oldstyle TLS --tls off"),
+    "--oldstyle and --tls require": (
+        "--oldstyle --tls require --allow-anonymous --socket s",
+        "--oldstyle TLS --tls off",
+    ),
+    "--oldstyle and --any-export": (
+        "--oldstyle --any-export --tls off --socket s --listen 127.0.0.1:0",
+        "--oldstyle --any-export",
+    ),
+    "--oldstyle on all addresses": (
+        "--oldstyle --tls off --socket s",
+        "--tls off 127.0.0.1 unix:",
+    ),
+    "--oldstyle on the network": (
+        "--oldstyle --tls off --socket s --listen 127.0.0.1:0 --listen 0.0.0.0:0",
+        "--tls off loopback",
+    ),
     "port 99999": (f"{GOOD} --listen :99999", "--listen :99999"),
     "no port": (f"{GOOD} --listen localhost", "--listen localhost HOST:PORT"),
     "host of an empty label": (f"{GOOD} --listen a..b:0", "--listen a..b"),
@@ -383,6 +406,32 @@ def test_what_is_announced(
     assert ours in said("--tls-dir no-ca-cert.pem --client-ca other-ca.pem")
     assert (logging.INFO, "revocations from with-crl/ca-crl.pem") in said("--tls-dir with-crl")
     assert any(level == warning and "TLS is off" in text for level, text in said("--tls off"))
+
+
+UPGRADES = [one.value for one in Upgrade]
+
+
+@pytest.mark.parametrize(
+    ("line", "without"),
+    [
+        ("", []),
+        *((f"--no-upgrade {one}", [one]) for one in UPGRADES),
+        ("--no-upgrade fua --no-upgrade write-zeroes --no-upgrade fua", ["fua", "write-zeroes"]),
+        (" ".join(f"--no-upgrade {one}" for one in UPGRADES), UPGRADES),
+    ],
+)
+@pytest.mark.parametrize("command", ["", "serve "])
+def test_upgrades_are_on_unless_switched_off(
+    command: str, line: str, without: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Settings] = []
+    monkeypatch.setattr("gateway.cli.Server", made.append)
+    monkeypatch.setattr("gateway.cli.trio.run", lambda *_: True)
+    flags = f"{command}--tls off --socket s --listen 127.0.0.1:0 --oldstyle {line}"
+    assert run(*flags.split()).code == 0
+    (settings,) = made
+    assert settings.upgrades == set(UPGRADES) - set(without)
+    assert settings.oldstyle
 
 
 # ---------------------------------------------------------------- certs init

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -17,7 +18,15 @@ import pytest
 from gateway import certs
 from tests.support.fake_upstream import FakeUpstream, Link, Script, pattern
 from tests.support.gateway import ROOT, Gateway, environment
-from tests.support.rawclient import Cmd, RawClient, Request, tls_context
+from tests.support.rawclient import (
+    CLISERV,
+    NBDMAGIC,
+    Cmd,
+    RawClient,
+    Request,
+    Tf,
+    tls_context,
+)
 
 # ---------------------------------------------------------------- serving
 
@@ -98,6 +107,41 @@ def test_log_level(pki: Path, fake: FakeUpstream) -> None:
         with opened(running, tls_context(pki)) as client:
             read_works(client)
     assert running.log() == ""
+
+
+# ---------------------------------------------------------------- --oldstyle and --no-upgrade
+
+
+@pytest.mark.parametrize("where", ["tcp", "unix"])
+def test_oldstyle(where: str, fake: FakeUpstream, tmp_path: Path) -> None:
+    """All is said at once, and the URIs are those of any other gateway without TLS."""
+    path = tmp_path / "front"
+    listen = "127.0.0.1:0" if where == "tcp" else f"unix:{path}"
+    fake.script = Script(names=(b"d k",), flags=Tf.HAS_FLAGS | Tf.SEND_FLUSH)
+    arguments = ("--tls", "off", "--oldstyle", "--export", "d k", "--no-upgrade", "fua")
+    with Gateway(*arguments, "--socket", fake.path, "--listen", listen) as running:
+        if where == "tcp":
+            assert re.fullmatch(r"nbd://127\.0\.0\.1:\d+/d%20k", running.uri)
+        else:
+            assert running.uri == f"nbd+unix:///d%20k?socket={path}"
+        with RawClient(running.uri) as client:
+            greeting = struct.unpack(">QQQI124x", client.recv_exactly(152))
+            flags = fake.script.flags | Tf.SEND_WRITE_ZEROES | Tf.SEND_FAST_ZERO
+            assert greeting == (NBDMAGIC, CLISERV, fake.script.size, flags)
+            read_works(client)
+        assert "WARNING TLS is off" in running.log()
+    assert fake.links[0].export == b"d k"
+
+
+def test_oldstyle_client_without_an_upstream(fake: FakeUpstream) -> None:
+    """It is hung up on, and the log says why."""
+    fake.close()
+    arguments = ("--tls", "off", "--oldstyle", "--listen", "127.0.0.1:0")
+    with Gateway(*arguments, "--socket", fake.path) as running:
+        with RawClient(running.uri) as client:
+            assert client.recv_to_end() == b""
+        running.wait_log(r"WARNING \[1\] .*: upstream unavailable: .*: no such socket")
+        running.wait_log(r"INFO \[1\] .*: closed: export refused \(.*cannot be reached\)")
 
 
 # ---------------------------------------------------------------- the end

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway.nbd.upgrades import ALL_UPGRADES, NO_UPGRADES, Upgrade
 from tests import session_rig
 from tests.session_rig import DISC, Front, Log, in_thread, over, read_works
-from tests.support.fake_upstream import FakeUpstream, pattern
+from tests.support.fake_upstream import FakeUpstream, Script, pattern
 from tests.support.rawclient import (
     Cmd,
     Err,
+    Info,
     Opt,
     Rep,
     Request,
@@ -134,6 +136,27 @@ async def test_name_of_an_export_stays_on_its_line(
     assert record.getMessage().isprintable()
     assert len(record.getMessage()) < 400
     assert fake.links[0].export == b"a\nINFO [9] forged" + 200 * b"x"
+
+
+@pytest.mark.parametrize("upgrades", [ALL_UPGRADES, NO_UPGRADES])
+async def test_upgrades_are_those_of_the_settings(
+    front: Front, fake: FakeUpstream, upgrades: frozenset[Upgrade]
+) -> None:
+    front.settings = dataclasses.replace(front.settings, upgrades=upgrades)
+    below = Tf.HAS_FLAGS | Tf.SEND_FLUSH
+    fake.script = Script(structured=False, flags=below, block_sizes=(1, 512, 4096))
+    client = await front.inside()
+    verdict = await in_thread(client.verdict, Opt.STRUCTURED_REPLY)
+    export = await in_thread(lambda: client.go(infos=[Info.BLOCK_SIZE]))
+    if upgrades:
+        zeroes = Tf.SEND_WRITE_ZEROES | Tf.SEND_FAST_ZERO
+        assert verdict == Rep.ACK
+        assert export.flags == below | zeroes | Tf.SEND_FUA | Tf.SEND_DF
+        assert export.block_sizes == (1, 512, 1 << 25)
+    else:
+        assert verdict == Rep.ERR_UNSUP
+        assert export.flags == below
+        assert export.block_sizes == (1, 512, 4096)
 
 
 # ---------------------------------------------------------------- the upstream

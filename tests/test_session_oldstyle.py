@@ -20,6 +20,7 @@ from tests.support.fake_upstream import ALL_FEATURES, MIB, FakeUpstream, Link, S
 from tests.support.rawclient import (
     CLISERV,
     NBDMAGIC,
+    TIMEOUT_S,
     Cmd,
     Err,
     Opt,
@@ -56,7 +57,7 @@ class Held(Script):
         self.go_on = threading.Event()
 
     def serve(self, link: Link) -> None:
-        self.go_on.wait(10)
+        self.go_on.wait(2 * TIMEOUT_S)  # longer than a client waits
         super().serve(link)
 
 
@@ -271,9 +272,9 @@ async def test_client_leaves_before_the_greeting(front: Front, log: Log) -> None
 
 @pytest.mark.parametrize("style", STYLES)
 async def test_shutdown_while_the_upstream_is_awaited(
-    front: Front, fake: FakeUpstream, log: Log, style: str
+    front: Front, fake: FakeUpstream, log: Log, mock_clock: MockClock, style: str
 ) -> None:
-    """There is nothing to say to the client but the end, and nothing to wait for."""
+    """There is nothing to say to the client but the end, and none to wait for. No time passes."""
     fake.script = held = Held(style=style)
     client = await front.raw()
     await in_thread(fake.wait_link)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.errors import SettingsError
+from gateway.nbd.upgrades import Upgrade
 from gateway.settings import (
     Listen,
     ListenSystemd,
@@ -176,6 +177,8 @@ def test_defaults() -> None:
     assert settings.listen == (ListenTCP(None, 10809),)
     assert settings.export == ""
     assert settings.read_only is False
+    assert settings.oldstyle is False
+    assert settings.upgrades == set(Upgrade)
     assert settings.max_connections == 100
     assert settings.handshake_timeout_s == 10
     assert settings.drain_timeout_s == 30
@@ -185,6 +188,16 @@ def test_settings_do_not_change() -> None:
     settings = Settings("s", None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.read_only = True  # type: ignore[misc]
+
+
+def test_oldstyle_has_one_export_and_no_tls(tmp_path: Path) -> None:
+    """Its clients cannot name an export, and cannot be asked for a certificate."""
+    assert Settings("s", None, oldstyle=True, export="disk").oldstyle
+    files = TLSSettings(tmp_path / "cert", tmp_path / "key", None)
+    with pytest.raises(SettingsError, match=r"^--oldstyle has no TLS: .* --tls off"):
+        Settings("s", files, oldstyle=True)
+    with pytest.raises(SettingsError, match=r"^--oldstyle has one export .* --any-export"):
+        Settings("s", None, oldstyle=True, export=None)
 
 
 # ---------------------------------------------------------------- --tls-dir

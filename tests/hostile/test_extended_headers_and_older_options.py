@@ -70,6 +70,7 @@ def test_export_name_afterwards(lab: Lab, client: RawClient) -> None:
     assert client.verdict(EXTENDED_HEADERS) == Rep.ACK
     client.send(option(Opt.EXPORT_NAME))
     assert client.recv_to_end() == b""
+    client.close()
     assert Opt.EXPORT_NAME not in [opt for opt, _ in lab.fake.wait_end().options]
 
 

@@ -128,6 +128,7 @@ def test_upstream_closes_after_each_byte(lab: Lab, other: Session, style: str) -
     """All of the greeting, or nothing."""
     lab.fake.script = script = Counting(style=style)
     greeted(lab.raw()).disc()
+    lab.fake.wait_end(1)
     assert script.handshake_bytes > 26
     for cut in range(script.handshake_bytes + 1):
         lab.fake.script = Script(style=style, cut_after=cut)

@@ -240,7 +240,11 @@ class Haggling:
                 listed = tuple(one for one in exports if one.name == configured)
             case Unavailable() if configured is None:
                 return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
-            case _:  # an upstream that cannot or will not list
+            case Refused(kind=Rep.ERR_POLICY | Rep.ERR_PLATFORM | Rep.ERR_SHUTDOWN as kind) if (
+                configured is None
+            ):  # it knows how to list, and does not do it now
+                return [refusal(message, Rep(kind), "the NBD server does not list its exports")]
+            case _:  # an upstream that cannot list, or one whose list does not matter
                 listed = ()
         if not listed and (configured is not None or not isinstance(answer, Listed)):
             listed = (ListedExport(configured or "", ""),)

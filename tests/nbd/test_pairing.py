@@ -294,6 +294,11 @@ def test_list_of_a_missing_upstream_is_an_error_when_any_export_may_be_opened() 
     ]
 
 
+@pytest.mark.parametrize("kind", [Rep.ERR_POLICY, Rep.ERR_PLATFORM, Rep.ERR_SHUTDOWN])
+def test_list_that_the_upstream_refuses_is_refused_when_any_export_may_be_opened(kind: Rep) -> None:
+    assert say([LIST], Refused(kind), policy=ExportPolicy(None)) == [Reply(Opt.LIST, kind)]
+
+
 # -- meta contexts
 
 

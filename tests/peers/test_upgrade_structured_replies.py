@@ -146,7 +146,7 @@ def test_zeroes_cost_little_on_the_wire(stage: Bench, upstream: str) -> None:
     nbdsh(script, front.client())
     incoming, outgoing = traffic(front.gateway, 1)
     assert incoming < 10_000
-    assert outgoing < size // 5000
+    assert outgoing < size // 1000  # 32 bytes for what came at a time: how much that is, varies
 
 
 @pytest.mark.parametrize("program", ["nbdcopy", "qemu-img"])

@@ -33,7 +33,7 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check bench-quick interop-matrix clean
+.PHONY: help demo test check bench bench-quick bench-layers interop-matrix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,9 +56,16 @@ check: .venv-check/.installed ## formatting, lint and types; changes nothing
 	.venv-check/bin/ruff check --quiet .
 	.venv-check/bin/mypy --strict gateway
 
-bench-quick: .venv/.installed ## the gateway beside nbdkit doing the same job, as ratios, in two minutes
+bench: .venv/.bench-installed ## the gateway beside nbdkit and qemu-nbd: tables, JSON and plots, in 25 minutes
 	@tests/peers/install
-	.venv/bin/python -m tests.bench.quick
+	.venv/bin/python -m tests.bench
+
+bench-quick: .venv/.installed ## a few cases beside nbdkit, as ratios, in two minutes
+	@tests/peers/install
+	.venv/bin/python -m tests.bench --quick
+
+bench-layers: .venv/.installed ## what each layer of the data plane costs, in two minutes
+	@.venv/bin/python -m tests.bench.layers
 
 interop-matrix: .venv/.test-installed ## every client in front of every server; the table in README.md
 	@tests/peers/install
@@ -99,6 +106,9 @@ clean: ## remove the environments and everything that tools left behind
 
 .venv/.test-installed: .venv/.installed
 	@$(call pip_install,-e '.[dev$(,)typing-compat]')
+
+.venv/.bench-installed: .venv/.installed
+	@$(call pip_install,-e '.[bench]')
 
 .venv-check/.installed: .venv-check/.made pyproject.toml
 	@$(call pip_install,-e '.[dev]')

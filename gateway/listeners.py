@@ -58,7 +58,7 @@ class Listener:
 
 
 class Listeners:
-    """All listeners of a gateway. A context manager: leaving it closes them."""
+    """All listeners of a gateway. A context manager: leaving it is `close`."""
 
     def __init__(self, listeners: list[Listener]) -> None:
         self._listeners = listeners
@@ -93,12 +93,23 @@ class Listeners:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all. Idempotent."""
         for listener in self._listeners:
             listener.close()
 
     @property
     def sockets(self) -> list[socket.socket]:
         return [sock for listener in self._listeners for sock in listener.sockets]
+
+    def shared(self) -> Self:
+        """The same sockets for a process that was forked from this one, to be closed there.
+
+        The socket files stay: they are removed by the process that made them.
+        """
+        return type(self)([Listener(one.sockets) for one in self._listeners])
 
     def uris(self, export: str, names: Iterable[str], *, tls: bool) -> list[str]:
         """One NBD URI per address that is listened on."""

@@ -7,96 +7,22 @@ A pump waits without a buffer, borrows one when bytes have come, moves as many a
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import trio
 
+from gateway.buffers import Stream, arrange, send_pieces
 from gateway.errors import ChannelClosed, PeerError, SessionEnd
 from gateway.nbd.transmission import Piece, Transmission
-from gateway.transport import RECORD, Channel
-
-BUFFER_SIZE: Final = 256 << 10  # bytes; more brought nothing, less costs system calls in bulk
-_KEPT_BUFFERS: Final = 16  # idle buffers kept for the next borrower, in all
-_SMALL: Final = 64  # leftovers up to here are copied out, so that their buffer can go back
+from gateway.transport import Channel, look
+from gateway.turns import LOOK_S, MANY, OTHERS, TURN_S, Luck, attention
 
 DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
 LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay once its upstream is gone
 FINISH_TIMEOUT_S: Final = 5.0  # for what the upstream still sends to a client that is gone
 LAST_WORD_TIMEOUT_S: Final = 1.0  # for NBD_CMD_DISC to the upstream
-
-_free_buffers: list[bytearray] = []
-
-
-def _borrow(size: int) -> bytearray:
-    if size <= BUFFER_SIZE:
-        return _free_buffers.pop() if _free_buffers else bytearray(BUFFER_SIZE)
-    return bytearray(size)
-
-
-def _give_back(buffer: bytearray) -> None:
-    if len(buffer) == BUFFER_SIZE and len(_free_buffers) < _KEPT_BUFFERS:
-        _free_buffers.append(buffer)
-
-
-class _Stream:
-    """What one pump has read and not yet done with: at most one unfinished message.
-
-    Holds a borrowed buffer only while `held` bytes are in it; a few leftover bytes are kept apart.
-    """
-
-    def __init__(self, channel: Channel, first: bytes = b"") -> None:
-        self.channel = channel
-        self.buffer = bytearray()
-        self.held = 0
-        self._small = first
-
-    def read(self, *, at_least: int = 0, probe: bool) -> int:
-        """Read what has arrived behind what is held. Returns how many bytes came."""
-        if not self.buffer:
-            self.load(at_least)
-        elif len(self.buffer) < at_least:
-            larger = _borrow(at_least)
-            larger[: self.held] = memoryview(self.buffer)[: self.held]
-            _give_back(self.buffer)
-            self.buffer = larger
-        with memoryview(self.buffer) as view:
-            count = self.channel.fill(view[self.held :], probe=probe)
-        self.held += count
-        return count
-
-    def load(self, at_least: int = 0) -> None:
-        """Have a buffer, with what is held in it."""
-        if not self.buffer:
-            self.buffer = _borrow(at_least)
-            self.held = len(self._small)
-            self.buffer[: self.held] = self._small
-            self._small = b""
-
-    @property
-    def has_leftovers(self) -> bool:
-        return bool(self._small or self.held)
-
-    @property
-    def full(self) -> bool:
-        return self.held == len(self.buffer)
-
-    def done_with(self, count: int) -> None:
-        """Drop the first `count` bytes, and the buffer if what is left is next to nothing."""
-        left = self.held - count
-        if left > _SMALL and not count:
-            return
-        if left <= _SMALL:
-            self._small = bytes(self.buffer[count : self.held])
-            self.give_back()
-        else:
-            self.buffer[:left] = self.buffer[count : self.held]
-            self.held = left
-
-    def give_back(self) -> None:
-        if self.buffer:
-            _give_back(self.buffer)
-        self.buffer, self.held = bytearray(), 0
 
 
 class Relay:
@@ -106,21 +32,26 @@ class Relay:
         self._client = client
         self._upstream = upstream
         self._transmission = transmission
-        # Each is held from the start of a message to its end:
-        self._client_writer = trio.Lock()
-        self._upstream_writer = trio.Lock()
+        # Each is held from the start of a message to its end, not always by one task:
+        self._client_writer = trio.Semaphore(1, max_value=1)
+        self._upstream_writer = trio.Semaphore(1, max_value=1)
         self._follow_ups = trio.Event()
         self._room = trio.Event()  # the upstream has answered something
         self._nursery: trio.Nursery | None = None
         self._sends_follow_ups = False
         self._upstream_gone = trio.Event()
         self._upstream_clean = True  # at a message boundary, as far as the upstream has seen
+        self._luck = (Luck(), Luck())  # with requests in flight, and without
         self._scope = trio.CancelScope()
         self._end = SessionEnd.SHUTDOWN
         self.detail = ""
         self._shutting_down = False
         self._left = False
-        self._replies = _Stream(upstream)
+        self._replies = Stream(upstream)
+        self._unsent: list[bytes | memoryview] = []  # of the replies that were taken last
+        self._all_sent = trio.Event()
+        self._taken = 0  # bytes of what was read from the upstream
+        self._upstream_over = False  # it will send no more, or nothing that is of use
 
     async def run(self, first: bytes = b"") -> SessionEnd:
         """Serve until the client disconnects, a side fails, or `shutdown` has done its work.
@@ -130,7 +61,7 @@ class Relay:
         `aclose`. Why a side failed is in `detail`.
         proto.md, "Terminating the transmission phase".
         """
-        requests = _Stream(self._client, first)
+        requests = Stream(self._client, first)
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -139,6 +70,7 @@ class Relay:
                     await self._until_it_ends(self._pump_requests, requests)
                     nursery.cancel_scope.cancel()
         finally:
+            attention.forget(self)
             requests.give_back()
             await self._take_leave()
         return self._end
@@ -162,7 +94,7 @@ class Relay:
             self._replies.give_back()
 
     async def _until_it_ends(
-        self, pump: Callable[[_Stream], Awaitable[None]], stream: _Stream
+        self, pump: Callable[[Stream], Awaitable[None]], stream: Stream
     ) -> None:
         """Run a pump. What is to be expected of a client is no exception further out."""
         try:
@@ -183,35 +115,83 @@ class Relay:
 
     # -- client to upstream
 
-    async def _pump_requests(self, stream: _Stream) -> None:
-        transmission, client = self._transmission, stream.channel
-        look_first = stream.has_leftovers
-        while True:
-            if not look_first:
-                await client.readable()
-            if stream.read(probe=transmission.in_flight > 1) or look_first:
-                look_first = False
-                await self._forward(stream)
-                while transmission.crowded:
-                    if transmission.full:
-                        self._room = trio.Event()
-                        await self._room.wait()
-                    stream.load()
-                    await self._forward(stream)
-                if transmission.upstream_ends and transmission.idle:
-                    await self._take_leave()
-                    self._upstream.shutdown()  # the other pump ends the session
-                if transmission.client_fault:
-                    raise transmission.client_fault
-                if transmission.client_done:
-                    return await self._client_done(SessionEnd.DISCONNECTED)
-                self._end_if_idle()
-            else:
-                stream.done_with(0)  # nothing but half a record: no reason to hold a buffer
-            if client.eof:
-                return await self._client_done(SessionEnd.CLIENT_LEFT)
+    async def _pump_requests(self, stream: Stream) -> None:
+        ended = False
+        if stream.has_leftovers:
+            ended = await self._take_requests(stream, anyway=True)
+        while not ended:
+            await self._client.readable()
+            alone = attention.undivided(self)
+            if not alone:
+                await self._let_others_go_first()
+            ended = await self._take_requests(stream)
+            if alone and not ended:
+                stream.keep(True)
+                self._replies.keep(True)
+                try:
+                    ended = await self._take_turn(stream)
+                finally:
+                    stream.keep(False)
+                    self._replies.keep(False)
 
-    async def _forward(self, stream: _Stream) -> None:
+    async def _let_others_go_first(self) -> None:
+        """What has come will not be all that comes, and to move two at a time costs little more
+        than to move one."""
+        if self._transmission.in_flight >= MANY:
+            for _ in range(OTHERS):
+                await trio.lowlevel.checkpoint()
+
+    async def _take_requests(self, stream: Stream, *, anyway: bool = False) -> bool:
+        """Move what the client has sent. True: it will send no more, and all is done about it."""
+        transmission, client = self._transmission, self._client
+        if stream.read(probe=transmission.in_flight > 1) or anyway:
+            await self._forward(stream)
+            while transmission.crowded:
+                if transmission.full:
+                    self._room = trio.Event()
+                    await self._room.wait()
+                stream.load()
+                await self._forward(stream)
+            await self._leave_if_upstream_ends()
+            if transmission.client_fault:
+                raise transmission.client_fault
+            if transmission.client_done:
+                await self._client_done(SessionEnd.DISCONNECTED)
+                return True
+            self._end_if_idle()
+        else:
+            stream.done_with(0)  # nothing but half a record: no reason to hold a buffer
+        if client.eof:
+            await self._client_done(SessionEnd.CLIENT_LEFT)
+            return True
+        return False
+
+    async def _take_turn(self, requests: Stream) -> bool:
+        """Do the work of both pumps for TURN_S, or until nothing comes for LOOK_S.
+
+        Returns as `_take_requests` does. Whatever is not plain sailing is left to the pump whose
+        task it is: it finds its socket readable.
+        """
+        end = time.perf_counter() + TURN_S
+        while not self._upstream_gone.is_set() and time.perf_counter() < end:
+            luck = self._luck[self._transmission.idle]
+            if not luck.worth_it():
+                break
+            from_client, from_upstream = look(self._client, self._upstream, LOOK_S)
+            luck.found(from_client or from_upstream)
+            if from_upstream:
+                if not self._return_at_once():
+                    break
+                await self._leave_if_upstream_ends()
+                self._end_if_idle()
+            if from_client:
+                if await self._take_requests(requests):
+                    return True
+            elif not from_upstream:
+                break
+        return False
+
+    async def _forward(self, stream: Stream) -> None:
         """Walk what is held, send it upstream, and answer what is answered here."""
         transmission = self._transmission
         was_open = transmission.mid_request
@@ -235,8 +215,11 @@ class Relay:
         if transmission.follow_ups_due:
             self._wake_follow_ups()
         if replies := transmission.take_local_replies():
-            async with self._client_writer:
+            await _begin(self._client_writer)
+            try:
                 await self._client.send_all(replies)
+            finally:
+                self._client_writer.release()
 
     async def _send_upstream(self, buffer: bytearray, pieces: Sequence[Piece]) -> None:
         """Whole messages, or up to where the payload of the last is still to come."""
@@ -282,7 +265,7 @@ class Relay:
     @property
     def _idle(self) -> bool:
         """Whether every request is answered, and the answers are out of our hands."""
-        return self._transmission.idle and not self._client_writer.locked()
+        return self._transmission.idle and bool(self._client_writer.value)
 
     def _end_if_idle(self) -> None:
         if self._shutting_down and self._idle and not self._transmission.mid_payload:
@@ -290,48 +273,101 @@ class Relay:
 
     # -- upstream to client
 
-    async def _pump_replies(self, stream: _Stream) -> None:
-        transmission = self._transmission
-        while True:
+    async def _pump_replies(self, stream: Stream) -> None:
+        while not self._upstream_over:
             await stream.channel.readable()
-            try:
-                count = stream.read(at_least=transmission.wanted, probe=False)
-            except ChannelClosed as closed:
-                self.detail = str(closed)
+            if not attention.undivided(self):
+                await self._let_others_go_first()
+            await self._until_all_is_sent()
+            if self._upstream_over:
                 break
-            if count:
-                await self._return(stream)
-                if transmission.upstream_fault:
-                    self.detail = transmission.upstream_fault.what
-                    break
-                if transmission.upstream_ends and transmission.idle:
-                    self.detail = "it is shutting down"
-                    await self._take_leave()
-                    break
-            else:
-                stream.done_with(0)
+            if not self._transmission.mid_reply:
+                await _begin(self._client_writer)
+            self._take_replies(stream)
+            await self._send_unsent(stream)
+            if not self._upstream_over:
+                await self._leave_if_upstream_ends()
             self._end_if_idle()
-            if stream.channel.eof:
-                break
+        await self._until_all_is_sent()
         await self._lose_upstream()
 
-    async def _return(self, stream: _Stream) -> None:
-        """Walk what is held and send it to the client, whole messages or held open."""
+    async def _until_all_is_sent(self) -> None:
+        """If the other pump took replies and could not send them at once: these come first."""
+        while self._unsent:  # it may do so again before this task has its turn
+            await self._all_sent.wait()
+
+    def _take_replies(self, stream: Stream) -> None:
+        """Read and walk what the upstream has sent. Its part for the client is `_unsent` then.
+
+        The client's writer has to be held.
+        """
         transmission = self._transmission
-        was_open = transmission.mid_reply
-        consumed, pieces = transmission.replies(stream.buffer, 0, stream.held)
-        if transmission.follow_ups_due:
-            self._wake_follow_ups()
-        self._room.set()
+        self._taken = 0
         try:
-            if pieces:
-                if not was_open:
-                    await _begin(self._client_writer)
-                await send_pieces(self._client, stream.buffer, pieces)
-                if not transmission.mid_reply:
-                    self._client_writer.release()
-        finally:  # what is walked is never walked again, also if the client did not get it
-            stream.done_with(consumed)
+            count = stream.read(at_least=transmission.wanted, probe=False)
+        except ChannelClosed as closed:
+            self.detail, self._upstream_over = str(closed), True
+            return
+        if count:
+            self._taken, pieces = transmission.replies(stream.buffer, 0, stream.held)
+            self._unsent = arrange(stream.buffer, pieces) if pieces else []
+            if transmission.follow_ups_due:
+                self._wake_follow_ups()
+            self._room.set()
+            if transmission.upstream_fault:
+                self.detail, self._upstream_over = transmission.upstream_fault.what, True
+        if stream.channel.eof:
+            self._upstream_over = True
+
+    async def _send_unsent(self, stream: Stream) -> None:
+        try:
+            for unit in self._unsent:
+                await self._client.send_all(unit)
+        finally:
+            self._replies_sent(stream)
+            self._all_sent.set()
+
+    def _return_at_once(self) -> bool:
+        """Do what the other pump does, if that needs no waiting. False: it has to go on."""
+        transmission, stream, client = self._transmission, self._replies, self._client
+        if self._unsent or self._upstream_over:
+            return False
+        if not transmission.mid_reply:
+            if not self._client_writer.value:
+                return False
+            self._client_writer.acquire_nowait()
+        self._take_replies(stream)
+        handed_over = False
+        try:
+            for index, unit in enumerate(self._unsent):
+                sent = client.send_now(unit)
+                if sent < len(unit):
+                    self._unsent[: index + 1] = [memoryview(unit)[sent:]]
+                    self._all_sent = trio.Event()
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._until_it_ends, self._send_unsent, stream)
+                    handed_over = True
+                    break
+        finally:
+            if not handed_over:
+                self._replies_sent(stream)
+        if self._upstream_over:
+            self._upstream.shutdown()  # wakes the other pump
+        return not (handed_over or self._upstream_over)
+
+    def _replies_sent(self, stream: Stream) -> None:
+        """What is walked is never walked again, also if the client did not get it."""
+        self._unsent = []
+        stream.done_with(self._taken)
+        if not self._transmission.mid_reply:
+            self._client_writer.release()
+
+    async def _leave_if_upstream_ends(self) -> None:
+        """It has said so; once nothing is in flight it is to be left in peace."""
+        if self._transmission.upstream_ends and self._transmission.idle:
+            self.detail = "it is shutting down"
+            await self._take_leave()
+            self._upstream.shutdown()  # which ends the session
 
     async def _lose_upstream(self) -> None:
         """Tell the client that there is no upstream any more, and let it go in peace."""
@@ -386,39 +422,8 @@ class Relay:
                 break
 
 
-async def _begin(writer: trio.Lock) -> None:
-    try:
+async def _begin(writer: trio.Semaphore) -> None:
+    if writer.value:
         writer.acquire_nowait()  # no turn of the loop when nobody else writes
-    except trio.WouldBlock:
+    else:
         await writer.acquire()
-
-
-async def send_pieces(channel: Channel, buffer: bytearray, pieces: Sequence[Piece]) -> None:
-    """Send pieces of a buffer and others in as few calls as it takes. Raises ChannelClosed.
-
-    Small pieces are put together; what is large is sent from where it is, but for up to a TLS
-    record at its ends.
-    """
-    small: list[memoryview] = []
-    count = 0
-    with memoryview(buffer) as view:
-        for piece in pieces:
-            data = view[piece[0] : piece[1]] if isinstance(piece, tuple) else memoryview(piece)
-            if len(pieces) == 1:
-                await channel.send_all(data)
-            elif len(data) <= 2 * RECORD:
-                small.append(data)
-                count += len(data)
-            else:
-                head = -count % RECORD if count else 0
-                tail = (len(data) - head) % RECORD
-                if count:
-                    await channel.send_all(b"".join([*small, data[:head]]))
-                await channel.send_all(data[head : len(data) - tail])
-                small, count = [data[len(data) - tail :]], tail
-            if count >= BUFFER_SIZE:
-                await channel.send_all(b"".join(small))
-                small, count = [], 0
-        if count:
-            await channel.send_all(b"".join(small))
-        small.clear()

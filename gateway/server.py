@@ -1,4 +1,4 @@
-"""The gateway as a whole: accept, one nursery task a client, and the orderly end."""
+"""One process of the gateway: accept, one nursery task a client, and the orderly end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 import logging
 import os
 import resource
+import select
 import signal
 import socket
+import ssl
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -16,10 +19,14 @@ from gateway.listeners import Listeners
 from gateway.session import Session
 from gateway.settings import Settings
 from gateway.tls import server_context, server_names
+from gateway.workers import Post, WorkerLog
 
 logger = logging.getLogger(__name__)
 
 _OTHER_DESCRIPTORS: Final = 64  # listeners, log, epoll, ...
+# A client in the queue is left to a worker that has fewer, and looked for again after each of these
+# waits; after the last one that worker is taken to be busy or stuck.
+_OTHERS_FIRST_S: Final = (0.001, 0.002, 0.003, 0.004)
 # How long a client without TLS is safe from being put out when all slots are taken; a handshake
 # takes five round trips at most.
 _UNPROVEN_S: Final = 1.5
@@ -43,16 +50,36 @@ _GONE = frozenset(
 )
 
 
-class Server:
-    """Serves clients until SIGTERM or SIGINT. `run` it once."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A worker's part of the gateway: what was made for all of them, and its own post."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises SettingsError for files that cannot be used."""
+    context: ssl.SSLContext | None
+    listeners: Listeners
+    post: Post
+
+
+class Server:
+    """Serves clients until it is told to end. `run` it once."""
+
+    def __init__(self, settings: Settings, part: Part | None = None) -> None:
+        """With a `part` this is one of several workers, and obeys no signals by itself.
+
+        Raises SettingsError for files that cannot be used.
+        """
         self._settings = settings
-        self._context = None if settings.tls is None else server_context(settings.tls)
-        self._slots = trio.Semaphore(settings.max_connections)
+        self._part = part
+        self._place = None if part is None else part.post.place
+        self._context = make_context(settings) if part is None else part.context
+        self._log = logger if part is None else WorkerLog(logger, part.post.number)
+        limit = settings.max_connections if self._place is None else self._place.limit
+        self._slots = trio.Semaphore(limit)
         self._sessions: dict[Session, None] = {}  # a set in the order of their beginning
+        self._clients = 0  # accepted and not yet closed
         self._count = 0
+        self._accepting = trio.CancelScope()
+        self._serving = trio.CancelScope()
+        self._has_cut = False
 
     async def run(
         self,
@@ -60,44 +87,63 @@ class Server:
         handle_signals: bool = True,
         task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
     ) -> bool:
-        """Listen and serve. Starts with the NBD URIs that are listened on.
+        """Listen and serve. Starts with the NBD URIs that are listened on; none for a worker,
+        whose supervisor says them, since the files of the start may be gone when it is forked.
 
-        Returns True when every session came to its own end after the signal, False when what was
-        left had to be cut: after `drain_timeout_s`, or by a second signal. Cancelled: cuts.
+        With `handle_signals`, SIGTERM and SIGINT are `drain`, a second one is `cut`. Returns True
+        when every session came to its own end, False when what was left had to be cut: after
+        `drain_timeout_s`, or by `cut`. Cancelled: cuts.
         Raises ListenError, and SettingsError for an address that `--tls off` forbids.
         """
         settings = self._settings
-        _allow_descriptors(settings.max_connections)
-        listeners = Listeners.open(
-            settings.listen, local_only=settings.tls is None, environ=os.environ
-        )
+        if self._part is None:
+            allow_descriptors(settings)
+            listeners = open_listeners(settings)
+        else:
+            listeners = self._part.listeners
         async with trio.open_nursery() as signals:
-            async with trio.open_nursery() as sessions:
-                with listeners:
-                    async with trio.open_nursery() as accepting:
-                        for sock in listeners.sockets:
-                            accepting.start_soon(self._accept_from, sock, sessions)
-                        if handle_signals:
-                            await signals.start(self._end_on_signal, accepting, sessions)
-                        task_status.started(self._uris(listeners))
-                logger.info("listeners closed, %d sessions to end", len(self._sessions))
-                sessions.cancel_scope.deadline = trio.current_time() + settings.drain_timeout_s
-                for session in list(self._sessions):
-                    session.shutdown()
+            with self._serving:
+                async with trio.open_nursery() as sessions:
+                    with listeners, self._accepting:
+                        async with trio.open_nursery() as accepting:
+                            for sock in listeners.sockets:
+                                accepting.start_soon(self._accept_from, sock, sessions)
+                            if handle_signals:
+                                await signals.start(self._end_on_signal)
+                            task_status.started(
+                                uris(settings, listeners) if self._part is None else []
+                            )
+                    if self._place is not None:
+                        self._place.close()
+                    self._log.info("listeners closed, %d sessions to end", len(self._sessions))
+                    self._serving.deadline = trio.current_time() + settings.drain_timeout_s
+                    for session in list(self._sessions):
+                        session.shutdown()
             signals.cancel_scope.cancel()
-        return not sessions.cancel_scope.cancelled_caught
+        return not self._has_cut
 
-    def _uris(self, listeners: Listeners) -> list[str]:
-        tls = self._settings.tls
-        names = [] if tls is None else server_names(tls.cert)
-        return listeners.uris(self._settings.export or "", names, tls=tls is not None)
+    def drain(self) -> None:
+        """Begin to end: the listeners close, and what is in flight goes on to its end. Idempotent.
+
+        With workers, clients in the queue go to the others.
+        """
+        self._accepting.cancel()
+
+    def cut(self) -> None:
+        """End now, whatever is in flight."""
+        self._serving.cancel()
+
+    # -- accepting
 
     async def _accept_from(self, listener: socket.socket, sessions: trio.Nursery) -> None:
         back_off_s, longest_s = _BACK_OFF_S
         while True:
             await trio.lowlevel.wait_readable(listener)
+            if not await self._is_ours(listener):
+                continue
             # Taken before accept: a client that cannot be served waits in the backlog.
-            await self._take_slot()
+            if not await self._take_slot(listener):
+                continue
             try:
                 sock, address = listener.accept()
             except OSError as error:
@@ -106,57 +152,108 @@ class Server:
                     continue
                 if error.errno not in _OUT_OF:
                     raise
-                logger.warning("cannot accept, trying again: %s", error.strerror)
+                self._log.warning("cannot accept, trying again: %s", error.strerror)
                 await trio.sleep(back_off_s)
                 back_off_s = min(2 * back_off_s, longest_s)
                 continue
             back_off_s = _BACK_OFF_S[0]
+            self._add_client(1)
             sessions.start_soon(self._serve, sock, address)
 
-    async def _take_slot(self) -> None:
+    async def _is_ours(self, listener: socket.socket) -> bool:
+        """Leave a client to a worker that has fewer, for a while. False: it has been taken."""
+        if self._place is None:
+            return True
+        for wait_s in _OTHERS_FIRST_S:
+            if not self._place.others_first():
+                break
+            await trio.sleep(wait_s)
+            if not _has_client(listener):
+                return False
+        return True
+
+    async def _take_slot(self, listener: socket.socket) -> bool:
         """Wait for a slot. If none is free, end a session without TLS that is no longer new.
 
-        So silent clients keep nobody out for long. The oldest goes first.
+        So silent clients keep nobody out for long. The oldest goes first; with workers, the oldest
+        of each, since each that is full makes room for whoever waits in the queue they share.
+        False: the client that waited is gone, or another worker has it.
         """
         while True:
             if not self._slots.value:
+                if not _has_client(listener):
+                    return False
                 for session in self._sessions:
                     if session.unproven_s > _UNPROVEN_S:
                         session.evict()
                         break
             with trio.move_on_after(_UNPROVEN_S):
                 await self._slots.acquire()
-                return
+                return True
+
+    def _add_client(self, change: int) -> None:
+        self._clients += change
+        if self._place is not None:
+            self._place.count(self._clients)
+
+    # -- one client
 
     async def _serve(self, sock: socket.socket, address: object) -> None:
         self._count += 1
-        session = Session(sock, _peer(sock, address), self._count, self._settings, self._context)
+        name = str(self._count)
+        if self._part is not None:
+            name = f"{self._part.post.number}.{name}"
+        session = Session(sock, _peer(sock, address), name, self._settings, self._context)
         self._sessions[session] = None
         try:
             await session.run()
+        except BaseException:  # one trio.Cancelled or a group of them: it raises nothing else
+            self._has_cut = True
+            raise
         finally:
             del self._sessions[session]
             self._slots.release()
+            self._add_client(-1)
+
+    # -- the end
 
     async def _end_on_signal(
-        self,
-        accepting: trio.Nursery,
-        sessions: trio.Nursery,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             task_status.started()
             async for number in signals:
-                if accepting.cancel_scope.cancel_called:
-                    logger.warning("second signal: ending now")
-                    sessions.cancel_scope.cancel()
+                if self._accepting.cancel_called:
+                    self._log.warning("second signal: ending now")
+                    self.cut()
                     return
-                logger.info("%s: ending", signal.Signals(number).name)
-                accepting.cancel_scope.cancel()
+                self._log.info("%s: ending", signal.Signals(number).name)
+                self.drain()
 
 
-def _allow_descriptors(clients: int) -> None:
-    """Two sockets a client: raise our soft limit as far as it takes, and say if it cannot be."""
+def make_context(settings: Settings) -> ssl.SSLContext | None:
+    """The TLS context for all clients, if there is to be one. Raises SettingsError."""
+    return None if settings.tls is None else server_context(settings.tls)
+
+
+def open_listeners(settings: Settings) -> Listeners:
+    """Raises ListenError, and SettingsError for an address that `--tls off` forbids."""
+    return Listeners.open(settings.listen, local_only=settings.tls is None, environ=os.environ)
+
+
+def uris(settings: Settings, listeners: Listeners) -> list[str]:
+    """One NBD URI per address that is listened on."""
+    names = [] if settings.tls is None else server_names(settings.tls.cert)
+    return listeners.uris(settings.export or "", names, tls=settings.tls is not None)
+
+
+def allow_descriptors(settings: Settings) -> None:
+    """Two sockets a client: raise our soft limit as far as it takes, and say if it cannot be.
+
+    The limit is one of each process, so with workers it is the share of one that has to fit;
+    called before they are forked.
+    """
+    clients, workers = settings.shares[0], len(settings.shares)
     needed = 2 * clients + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
@@ -165,12 +262,20 @@ def _allow_descriptors(clients: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     if limit < needed:
         logger.warning(
-            "%d clients need %d descriptors, and %d are allowed: raise LimitNOFILE= or ulimit -n, "
-            "or lower --max-connections",
+            "%d clients%s need %d descriptors, and %d are allowed: raise LimitNOFILE= or "
+            "ulimit -n, or lower --max-connections, or spread them over more --workers",
             clients,
+            f" in each of {workers} workers" if workers > 1 else "",
             needed,
             limit,
         )
+
+
+def _has_client(listener: socket.socket) -> bool:
+    """Whether a client waits in its queue."""
+    queue = select.poll()
+    queue.register(listener, select.POLLIN)
+    return bool(queue.poll(0))
 
 
 def _peer(sock: socket.socket, address: object) -> str:

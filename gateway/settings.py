@@ -68,7 +68,8 @@ class Settings:
     read_only: bool = False
     oldstyle: bool = False  # the oldstyle handshake, and no other
     upgrades: frozenset[Upgrade] = ALL_UPGRADES  # what an upstream that lacks it is helped with
-    max_connections: int = 100
+    max_connections: int = 100  # of the whole gateway, however many workers there are
+    workers: int = 1  # processes, at most one a connection
     handshake_timeout_s: float = 10.0  # accept until GO is granted, TLS included
     drain_timeout_s: float = 30.0
 
@@ -78,6 +79,12 @@ class Settings:
             raise SettingsError(OLDSTYLE_NEEDS)
         if self.oldstyle and self.export is None:
             raise SettingsError("--oldstyle has one export without a name: not with --any-export")
+        for flag, number in (
+            ("--max-connections", self.max_connections),
+            ("--workers", self.workers),
+        ):
+            if number < 1:
+                raise SettingsError(f"{flag}: {number} is less than 1")
         for flag, seconds in (
             ("--handshake-timeout", self.handshake_timeout_s),
             ("--drain-timeout", self.drain_timeout_s),
@@ -90,6 +97,16 @@ class Settings:
             raise SettingsError("--export: an export's name is UTF-8, and this is not") from None
         if len(name) > MAX_STRING or b"\0" in name:
             raise SettingsError("--export: an export's name has at most 4096 bytes and no NUL")
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """How many clients each worker may have at a time: one entry a process, largest first.
+
+        They differ by one at most, and their sum is `max_connections`.
+        """
+        count = min(self.workers, self.max_connections)
+        share, rest = divmod(self.max_connections, count)
+        return tuple(share + (index < rest) for index in range(count))
 
 
 def check_socket_path(flag: str, path: str) -> None:

@@ -10,8 +10,11 @@ One task reads a channel, one task writes it; they may be two.
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -21,6 +24,8 @@ from gateway.errors import ChannelClosed
 
 _MAX_RECORDS: Final = 64  # in one `fill`: a client may send records of one byte
 RECORD: Final = 16384  # the most that one TLS record holds; RFC 8446, section 5.1
+_SELECT_LIMIT: Final = 1024  # descriptors from here on are nothing for select(2), FD_SETSIZE
+_ONE_CORE: Final = len(os.sched_getaffinity(0)) == 1
 LINGER_S: Final = 2.0  # how long a last word may take to reach the peer
 _LINGER_BYTES: Final = 1 << 20
 
@@ -86,16 +91,24 @@ class Channel:
 
         Cancelled, or on ChannelClosed: the peer holds an unknown part of it.
         """
-        with memoryview(data) as view:
-            sent = 0
-            while sent < len(view):
-                try:
-                    sent += self._sock.send(view[sent:])
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._sock)
-                except OSError as error:
-                    raise ChannelClosed(_reason(error)) from error
-        self.bytes_written += len(data)
+        sent = self.send_now(data)
+        while sent < len(data):
+            await trio.lowlevel.wait_writable(self._sock)
+            sent += self.send_now(memoryview(data)[sent:])
+
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what there is room for without waiting. Returns how many bytes that is.
+
+        The rest has to follow before anything else does. Raises ChannelClosed.
+        """
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise ChannelClosed(_reason(error)) from error
+        self.bytes_written += sent
+        return sent
 
     # -- ending
 
@@ -238,22 +251,23 @@ class TLSChannel(Channel):
         self.bytes_read += filled
         return filled
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+    def send_now(self, data: bytes | bytearray | memoryview) -> int:
         write = self._tls.write
         self._mid_write = True
-        with memoryview(data) as view:
-            sent = 0
-            while sent < len(view):
-                try:
-                    sent += write(view[sent:])
-                except ssl.SSLWantWriteError:
-                    await trio.lowlevel.wait_writable(self._tls)
-                except ssl.SSLWantReadError:  # OpenSSL never asks for it without renegotiation
-                    raise ChannelClosed("TLS wants to read before it writes") from None
-                except OSError as error:
-                    raise ChannelClosed(_reason(error)) from error
-        self._mid_write = False
-        self.bytes_written += len(data)
+        sent, count = 0, len(data)
+        try:
+            sent = write(data)  # one record at most
+            while sent < count:
+                sent += write(memoryview(data)[sent:])
+            self._mid_write = False
+        except ssl.SSLWantWriteError:
+            pass
+        except ssl.SSLWantReadError:  # OpenSSL never asks for it without renegotiation
+            raise ChannelClosed("TLS wants to read before it writes") from None
+        except OSError as error:
+            raise ChannelClosed(_reason(error)) from error
+        self.bytes_written += sent
+        return sent
 
     async def aclose(self) -> None:
         """Send close_notify, unless a write was cut short, then close as a plain channel does.
@@ -267,6 +281,29 @@ class TLSChannel(Channel):
             except (OSError, ValueError):
                 pass  # our close_notify is out, or the peer is gone
         await super().aclose()
+
+
+def look(one: Channel, other: Channel, seconds: float) -> tuple[bool, bool]:
+    """In which of two channels `fill` may find something. Looks again until it does, or for
+    `seconds`, in which nothing else of this process runs.
+
+    A task that sleeps and is woken costs its waker and itself more than what it looks for; where
+    there is only one core, somebody else needs it.
+    """
+    if not (one._drained and other._drained):
+        return not one._drained, not other._drained
+    first, second = one._sock.fileno(), other._sock.fileno()
+    if max(first, second) >= _SELECT_LIMIT:
+        return False, False
+    both = (first, second)
+    if _ONE_CORE:
+        ready, _, _ = select.select(both, (), (), seconds)
+        return first in ready, second in ready
+    end = time.perf_counter() + seconds
+    while True:
+        ready, _, _ = select.select(both, (), (), 0)
+        if ready or time.perf_counter() > end:
+            return first in ready, second in ready
 
 
 def _is_cut(error: OSError) -> bool:

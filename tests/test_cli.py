@@ -1,103 +1,25 @@
-"""gateway.cli: every wrong flag is one clear line and exit code 2, and how the command ends."""
+"""gateway.cli and gateway.flags: every wrong flag is one clear line and exit code 2."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 
-import gateway
-from gateway.cli import main
-from gateway.nbd.upgrades import Upgrade
-from gateway.pki import CertificateAuthority
-from gateway.settings import Settings
+from tests import cli_rig
+from tests.cli_rig import CA, CERT, GOOD, KEY, LONG, Outcome, Run
 from tests.support.gateway import ROOT, environment
 
 pytestmark = pytest.mark.timeout(60)
 
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line that says what is wrong; nothing but click's own hint may be around it."""
-        found = re.findall(r"^(?:nbd-gateway: error|Error): (.*)$", self.err, re.MULTILINE)
-        assert len(found) == 1, self
-        for line in self.err.splitlines():
-            assert re.match(r"nbd-gateway: error: |Error: |Usage: |Try |$", line), self
-        assert self.out == ""
-        return str(found[0])
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process, until it exits."""
-
-    def run(*args: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["nbd-gateway", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good set of files, and beside it what can be wrong with one."""
-    folder = tmp_path_factory.mktemp("files")
-    shutil.copytree(pki, folder / "tls")
-    authority = CertificateAuthority.create("another CA")
-    server = authority.issue_server(["localhost"])
-    (folder / "other-cert.pem").write_bytes(server.cert_pem)
-    (folder / "other-key.pem").write_bytes(server.key_pem)
-    (folder / "other-ca.pem").write_bytes(authority.cert_pem)
-    encrypted = server.key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(b"secret"),
-    )
-    (folder / "locked-key.pem").write_bytes(encrypted)
-    (folder / "garbage.pem").write_bytes(b"\x30\x82no PEM at all\n")
-    (folder / "empty.pem").touch()
-    (folder / "broken.pem").write_text(
-        "-----BEGIN CERTIFICATE-----\nTm90IGEgY2VydGlmaWNhdGU=\n-----END CERTIFICATE-----\n"
-    )
-    for missing in ("server-cert.pem", "server-key.pem", "ca-cert.pem"):
-        shutil.copytree(pki, folder / f"no-{missing}")
-        (folder / f"no-{missing}" / missing).unlink()
-    shutil.copytree(pki, folder / "bad-crl")
-    (folder / "bad-crl" / "ca-crl.pem").write_text("no CRL\n")
-    shutil.copytree(pki, folder / "dangling-crl")
-    (folder / "dangling-crl" / "ca-crl.pem").symlink_to("/nowhere/crl.pem")
-    return folder
-
-
-CERT = "--cert tls/server-cert.pem"
-KEY = "--key tls/server-key.pem"
-CA = "--client-ca tls/ca-cert.pem"
-GOOD = "--tls-dir tls --socket s --listen 127.0.0.1:0"
-LONG = 108 * "x"
+run, folder, in_folder = cli_rig.run, cli_rig.folder, cli_rig.in_folder
 
 # Command line (in a folder with the files above) to words that its complaint must have.
 WRONG = {
@@ -215,6 +137,13 @@ WRONG = {
     "Unix socket too long": (f"{GOOD} --listen unix:{LONG}", "--listen 108 bytes"),
     "no connections": (f"--max-connections 0 {GOOD}", "--max-connections 0"),
     "connections in words": (f"--max-connections many {GOOD}", "--max-connections many"),
+    "no workers": (f"--workers 0 {GOOD}", "--workers '0' 1 or more auto"),
+    "fewer than no workers": (f"--workers -1 {GOOD}", "--workers '-1' 1 or more auto"),
+    "workers in words": (f"--workers x {GOOD}", "--workers 'x' 1 or more auto"),
+    "workers in capitals": (f"--workers AUTO {GOOD}", "--workers 'AUTO' auto"),
+    "workers in parts": (f"--workers 1.5 {GOOD}", "--workers '1.5' auto"),
+    "workers in other digits": (f"--workers \u0662 {GOOD}", "--workers auto"),
+    "workers of no number": (f"--workers '' {GOOD}", "--workers '' auto"),
     "no time for the handshake": (f"--handshake-timeout 0 {GOOD}", "--handshake-timeout 0"),
     "handshake time is no number": (f"--handshake-timeout nan {GOOD}", "--handshake-timeout nan"),
     "negative drain time": (f"--drain-timeout -1 {GOOD}", "--drain-timeout -1"),
@@ -231,16 +160,10 @@ WRONG = {
 }
 
 
-@pytest.fixture
-def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(folder)
-    return folder
-
-
 @pytest.mark.parametrize(("line", "words"), WRONG.values(), ids=WRONG.keys())
 @pytest.mark.usefixtures("in_folder")
 def test_wrong_usage(line: str, words: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.cli.click.echo", echo_no_uri)
+    monkeypatch.setattr("click.echo", echo_no_uri)
     outcome = run(*shlex.split(line))
     assert outcome.code == 2, outcome
     if not words:  # click shows the help instead
@@ -316,146 +239,3 @@ def test_key_with_a_passphrase_asks_nobody(folder: Path) -> None:
     outcome = command(*line.split(), cwd=folder)
     assert outcome.code == 2
     assert "encrypted" in outcome.complaint
-
-
-# ---------------------------------------------------------------- bind failure
-
-
-def test_port_in_use(run: Run, pki: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        outcome = run("--tls-dir", pki, "--socket", "s", "--listen", f"127.0.0.1:{port}")
-    assert outcome.code == 1
-    assert outcome.complaint == f"cannot listen on 127.0.0.1:{port}: Address already in use"
-
-
-def test_socket_file_exists(run: Run, pki: Path, tmp_path: Path) -> None:
-    path = tmp_path / "there"
-    path.write_text("something dear")
-    outcome = run("--tls-dir", pki, "--socket", "s", "--listen", f"unix:{path}")
-    assert outcome.code == 1
-    assert f"unix:{path}: the file exists" in outcome.complaint
-    assert path.read_text() == "something dear"
-
-
-def test_no_uri_is_printed_if_one_listener_fails(run: Run, pki: Path, tmp_path: Path) -> None:
-    path = tmp_path / "no" / "where"
-    arguments = ["--listen", "127.0.0.1:0", "--listen", f"unix:{path}"]
-    outcome = run("--tls-dir", pki, "--socket", "s", *arguments)
-    assert outcome.code == 1
-    assert str(path) in outcome.complaint
-
-
-# ---------------------------------------------------------------- help and version
-
-
-def test_version(run: Run) -> None:
-    assert run("--version") == (0, f"nbd-gateway, version {gateway.__version__}\n", "")
-
-
-@pytest.mark.parametrize("line", ["--help", "-h", "serve --help", "serve -h"])
-def test_help_has_examples_of_flags_that_exist(line: str, run: Run) -> None:
-    code, text, err = run(*line.split())
-    assert (code, err) == (0, "")
-    options, examples = text.split("Examples:\n")
-    assert examples.count("nbd-gateway ") >= 4
-    known = set(re.findall(r"--[a-z][a-z-]+", options)) | {"--server-name"}  # of certs init
-    assert set(re.findall(r"--[a-z][a-z-]+", examples)) <= known
-    assert re.search(r"^ +--listen ADDR .*\[default: :10809", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("line", ["certs --help", "certs init --help", "demo --help"])
-def test_help_of_the_other_commands(line: str, run: Run) -> None:
-    code, text, err = run(*line.split())
-    assert (code, err) == (0, "")
-    assert text.startswith("Usage: nbd-gateway ")
-
-
-# ---------------------------------------------------------------- decisions, said aloud
-
-
-def test_default_is_all_addresses_and_the_port_of_iana(run: Run, pki: Path) -> None:
-    """Not bound here, since the port may be in use: the help and Settings say it, and --tls off."""
-    outcome = run("--tls", "off", "--socket", "s")
-    assert ":10809 is neither loopback" in outcome.complaint
-
-
-def test_what_is_announced(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The decision about clients is said aloud, and so are the revocations."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("gateway.cli.trio.run", lambda *_: True)
-    authority = CertificateAuthority.create("a CA")
-    shutil.copytree("tls", "with-crl", dirs_exist_ok=True)
-    Path("with-crl/ca-crl.pem").write_bytes(authority.revoke_list([]))
-
-    def said(line: str) -> list[tuple[int, str]]:
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            assert run(*line.split(), "--socket", "s").code == 0
-        return [(record.levelno, record.getMessage()) for record in caplog.records]
-
-    warning = logging.WARNING
-    aloud = (warning, "anonymous clients are allowed: everybody may open the export")
-    assert aloud in said("--tls-dir tls --allow-anonymous")
-    assert aloud in said(f"{CERT} {KEY} --allow-anonymous")
-    assert aloud not in said("--tls-dir tls")
-    ours = (logging.INFO, "clients need a certificate of the CA in other-ca.pem")
-    assert ours in said("--tls-dir tls --client-ca other-ca.pem")
-    assert ours in said("--tls-dir no-ca-cert.pem --client-ca other-ca.pem")
-    assert (logging.INFO, "revocations from with-crl/ca-crl.pem") in said("--tls-dir with-crl")
-    assert any(level == warning and "TLS is off" in text for level, text in said("--tls off"))
-
-
-UPGRADES = [one.value for one in Upgrade]
-
-
-@pytest.mark.parametrize(
-    ("line", "without"),
-    [
-        ("", []),
-        *((f"--no-upgrade {one}", [one]) for one in UPGRADES),
-        ("--no-upgrade fua --no-upgrade write-zeroes --no-upgrade fua", ["fua", "write-zeroes"]),
-        (" ".join(f"--no-upgrade {one}" for one in UPGRADES), UPGRADES),
-    ],
-)
-@pytest.mark.parametrize("command", ["", "serve "])
-def test_upgrades_are_on_unless_switched_off(
-    command: str, line: str, without: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Settings] = []
-    monkeypatch.setattr("gateway.cli.Server", made.append)
-    monkeypatch.setattr("gateway.cli.trio.run", lambda *_: True)
-    flags = f"{command}--tls off --socket s --listen 127.0.0.1:0 --oldstyle {line}"
-    assert run(*flags.split()).code == 0
-    (settings,) = made
-    assert settings.upgrades == set(UPGRADES) - set(without)
-    assert settings.oldstyle
-
-
-# ---------------------------------------------------------------- certs init
-
-
-def test_certs_init(run: Run, tmp_path: Path) -> None:
-    directory = tmp_path / "new"
-    outcome = run("certs", "init", directory, "--server-name", "disks.example.com")
-    assert outcome.code == 0
-    assert outcome.err == ""
-    for program in ("nbd-gateway --tls-dir", "nbdinfo", "qemu-img", "nbd-client"):
-        assert program in outcome.out
-    assert "disks.example.com" in outcome.out
-    assert (directory / "server-key.pem").stat().st_mode & 0o777 == 0o600
-    assert (directory / "ca" / "ca-key.pem").exists()
-
-
-def test_certs_init_replaces_nothing_unless_forced(run: Run, tmp_path: Path) -> None:
-    directory = tmp_path / "new"
-    assert run("certs", "init", directory).code == 0
-    former = {path: path.read_bytes() for path in directory.rglob("*.pem")}
-    outcome = run("certs", "init", directory)
-    assert outcome.code == 1
-    assert "--force" in outcome.complaint
-    assert {path: path.read_bytes() for path in directory.rglob("*.pem")} == former
-    assert run("certs", "init", directory, "--force").code == 0
-    assert all(path.read_bytes() != content for path, content in former.items())

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import pytest
 import trio
 
+from gateway.buffers import BUFFER_SIZE
 from gateway.nbd.constants import Cmd, CmdFlag, TransmissionFlag
 from gateway.nbd.pairing import Terms
 from gateway.nbd.transmission import Piece, Transmission
-from gateway.relay import BUFFER_SIZE
 from gateway.transport import RECORD, Channel
 from tests import relay_rig
 from tests.nbd.masked import frames
@@ -339,16 +339,17 @@ class Sends:
 
     def __init__(self, channel: Channel) -> None:
         self.in_place = self.elsewhere = 0
-        self._send_all = channel.send_all
-        channel.send_all = self._counted  # type: ignore[method-assign]
+        self._send_now = channel.send_now  # which `send_all` calls
+        channel.send_now = self._counted  # type: ignore[method-assign]
 
-    async def _counted(self, data: bytes | bytearray | memoryview) -> None:
+    def _counted(self, data: bytes | bytearray | memoryview) -> int:
+        sent = self._send_now(data)
         whole = data.obj if isinstance(data, memoryview) else data
         if isinstance(whole, bytearray) and len(whole) == BUFFER_SIZE:
-            self.in_place += len(data)
+            self.in_place += sent
         else:
-            self.elsewhere += len(data)
-        await self._send_all(data)
+            self.elsewhere += sent
+        return sent
 
 
 @STYLES

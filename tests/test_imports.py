@@ -1,6 +1,6 @@
 """Imports go one way only, and each layer keeps to its own tools.
 
-cli -> server -> session -> {relay, upstream, tls, access} -> {transport, nbd} -> errors
+cli -> serve -> server -> session -> {relay, upstream, tls, access} -> {transport, nbd} -> errors
 """
 
 from __future__ import annotations
@@ -43,15 +43,23 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("server listeners settings certs pki demo errors nbd.upgrades", "click trio"),
+    "cli": Layer("flags serve settings certs pki demo errors", "click trio"),
+    "flags": Layer("settings errors nbd.upgrades", "click"),
+    "serve": Layer("workers places server settings errors", "trio signal"),
+    "workers": Layer("places", "signal"),
+    "places": Layer(),
     "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
     "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
     "client": Layer("transport errors nbd.*", "socket ssl"),
-    "server": Layer("session settings listeners tls access transport errors", "trio socket signal"),
+    "server": Layer(
+        "workers session settings listeners tls access transport errors", "trio socket ssl signal"
+    ),
     "session": Layer(
         "relay upstream tls access transport settings errors nbd.*", "trio socket ssl"
     ),
-    "relay": Layer("transport errors nbd.transmission", "trio"),
+    "relay": Layer("buffers turns transport errors nbd.transmission", "trio"),
+    "buffers": Layer("transport nbd.transmission"),
+    "turns": Layer("", "time"),
     "upstream": Layer("transport settings errors nbd.*", "trio socket"),
     "tls": Layer("access settings errors", "ssl socket cryptography"),
     "access": Layer("settings errors", "cryptography"),
@@ -241,7 +249,7 @@ def test_checker_sees_a_forbidden_import(module: str, source: str, culprit: str)
         ("nbd.wire", "from __future__ import annotations\nimport struct\nimport collections.abc"),
         ("nbd.wire", "from gateway.errors import PeerError\nfrom .constants import Opt"),
         ("session", "from gateway.nbd import wire\nimport gateway.relay, trio, logging"),
-        ("cli", "from gateway import __version__, server\nimport os, click"),
+        ("cli", "from gateway import __version__, serve\nimport os, click"),
     ],
 )
 def test_checker_lets_an_allowed_import_pass(module: str, source: str) -> None:

@@ -334,6 +334,15 @@ def test_no_folder_for_the_socket(tmp_path: Path) -> None:
         opened(ListenUnix(str(path)))
 
 
+def test_a_fork_closes_its_own_and_removes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "front"
+    with opened(LOOPBACK, ListenUnix(str(path))) as listening:
+        with listening.shared() as shared:
+            assert shared.sockets == listening.sockets
+        assert path.is_socket()
+    assert not path.exists()
+
+
 def test_closing_twice_does_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "front"
     listening = opened(ListenUnix(str(path)))

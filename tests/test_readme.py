@@ -69,6 +69,7 @@ def test_defaults_are_the_real_ones() -> None:
     real = {name: option.default for option in cli.params for name in option.opts}
     for flag, shown in (
         ("--max-connections", "100"),
+        ("--workers", "1"),
         ("--handshake-timeout", "10"),
         ("--drain-timeout", "30"),
         ("--tls-min", "`1.2`"),

@@ -9,9 +9,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from gateway import relay
+from gateway import buffers as pool
+from gateway.buffers import BUFFER_SIZE
 from gateway.errors import SessionEnd
-from gateway.relay import BUFFER_SIZE
 from tests import relay_rig
 from tests.relay_rig import (
     BOTH_STYLES,
@@ -251,7 +251,7 @@ class Buffers:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.out: dict[int, bytearray] = {}
         self.made = 0
-        borrow, give_back = relay._borrow, relay._give_back
+        borrow, give_back = pool._borrow, pool._give_back
 
         def counted(size: int) -> bytearray:
             buffer = borrow(size)
@@ -263,8 +263,8 @@ class Buffers:
             del self.out[id(buffer)]
             give_back(buffer)
 
-        monkeypatch.setattr(relay, "_borrow", counted)
-        monkeypatch.setattr(relay, "_give_back", counted_back)
+        monkeypatch.setattr(pool, "_borrow", counted)
+        monkeypatch.setattr(pool, "_give_back", counted_back)
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ async def test_all_buffers_come_back(
     lane: Lane, nursery: trio.Nursery, buffers: Buffers, structured: bool, first_to_go: str
 ) -> None:
     """From many sessions that end in the middle of everything. The pool has a bound as well."""
-    rigs = [await lane(structured=structured, buffers=4096) for _ in range(relay._KEPT_BUFFERS)]
+    rigs = [await lane(structured=structured, buffers=4096) for _ in range(pool._KEPT_BUFFERS)]
     for rig in rigs:
         asked = reads(2, MIB)
         await rig.client.ask(*asked)
@@ -323,5 +323,5 @@ async def test_all_buffers_come_back(
             await wait_all_tasks_blocked()
         await rig.ended()
     assert not buffers.out
-    assert len(relay._free_buffers) <= relay._KEPT_BUFFERS
-    assert all(len(one) == BUFFER_SIZE for one in relay._free_buffers)
+    assert len(pool._free_buffers) <= pool._KEPT_BUFFERS
+    assert all(len(one) == BUFFER_SIZE for one in pool._free_buffers)

@@ -118,6 +118,7 @@ async def test_without_tls_only_here(settings: Settings) -> None:
     ],
 )
 def test_descriptors_for_all_clients(
+    settings: Settings,
     soft: int,
     hard: int,
     expected: int,
@@ -132,7 +133,7 @@ def test_descriptors_for_all_clients(
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    server_module._allow_descriptors(100)
+    server_module.allow_descriptors(settings)
     assert now == [expected, hard]
     warnings = messages(caplog, logging.WARNING)
     assert len(warnings) == (expected == 200)

@@ -171,6 +171,19 @@ async def test_second_signal_cuts(
     assert "second signal: ending now" in messages(caplog, logging.WARNING)
 
 
+@pytest.mark.parametrize("with_a_client", [True, False])
+async def test_cut_tells_whether_there_was_something_to_cut(
+    start: Start, settings: Settings, clients: Clients, with_a_client: bool
+) -> None:
+    running = await start(settings)
+    if with_a_client:
+        await clients.opened(running.uri)
+    running.server.drain()
+    running.server.cut()
+    await running.ended.wait()
+    assert running.drained is not with_a_client
+
+
 async def test_clients_in_the_queue_at_the_end(
     start: Start, settings: Settings, clients: Clients, mock_clock: MockClock
 ) -> None:

@@ -180,6 +180,7 @@ def test_defaults() -> None:
     assert settings.oldstyle is False
     assert settings.upgrades == set(Upgrade)
     assert settings.max_connections == 100
+    assert settings.workers == 1
     assert settings.handshake_timeout_s == 10
     assert settings.drain_timeout_s == 30
 
@@ -239,3 +240,37 @@ def test_no_directory(kind: str, tmp_path: Path) -> None:
         directory.touch()
     with pytest.raises(SettingsError, match=rf"^--tls-dir {directory}: not a directory$"):
         tls_files(directory, anonymous=False, minimum="1.2")
+
+
+# ---------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize(
+    ("connections", "workers", "shares"),
+    [
+        (100, 1, (100,)),
+        (100, 2, (50, 50)),
+        (3, 2, (2, 1)),
+        (100, 3, (34, 33, 33)),
+        (10, 4, (3, 3, 2, 2)),
+        (2, 2, (1, 1)),
+        (2, 5, (1, 1)),
+        (1, 64, (1,)),
+    ],
+)
+def test_workers_share_what_the_gateway_may_have(
+    connections: int, workers: int, shares: tuple[int, ...]
+) -> None:
+    """All of it, in parts that differ by one at most; and there is no worker with nothing."""
+    settings = Settings("/run/up", None, max_connections=connections, workers=workers)
+    assert settings.shares == shares
+    assert sum(shares) == connections
+
+
+@pytest.mark.parametrize(
+    ("field", "flag"), [("workers", "--workers"), ("max_connections", "--max-")]
+)
+@pytest.mark.parametrize("number", [0, -1])
+def test_none_is_too_few(field: str, flag: str, number: int) -> None:
+    with pytest.raises(SettingsError, match=f"^{flag}.*: {number} is less than 1$"):
+        Settings("/run/up", None, **{field: number})  # type: ignore[arg-type]

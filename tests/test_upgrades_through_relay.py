@@ -15,7 +15,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway import relay
+from gateway import buffers as pool
 from gateway.errors import ChannelClosed, SessionEnd
 from gateway.nbd.constants import Cmd, Error
 from gateway.nbd.wire import BlockSizes
@@ -38,7 +38,7 @@ POOR = int(Tf.HAS_FLAGS | Tf.SEND_FLUSH)
 def lent(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The buffers that are borrowed and not given back."""
     out: set[int] = set()
-    borrow, give_back = relay._borrow, relay._give_back
+    borrow, give_back = pool._borrow, pool._give_back
 
     def counted(size: int) -> bytearray:
         buffer = borrow(size)
@@ -49,8 +49,8 @@ def lent(monkeypatch: pytest.MonkeyPatch) -> set[int]:
         out.remove(id(buffer))
         give_back(buffer)
 
-    monkeypatch.setattr(relay, "_borrow", counted)
-    monkeypatch.setattr(relay, "_give_back", counted_back)
+    monkeypatch.setattr(pool, "_borrow", counted)
+    monkeypatch.setattr(pool, "_give_back", counted_back)
     return out
 
 

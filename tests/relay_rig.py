@@ -18,6 +18,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway import relay
 from gateway.errors import ChannelClosed, SessionEnd
 from gateway.nbd.constants import TransmissionFlag
 from gateway.nbd.pairing import Terms
@@ -26,6 +27,7 @@ from gateway.relay import Relay
 from gateway.settings import TLSSettings
 from gateway.tls import server_context
 from gateway.transport import Channel
+from gateway.turns import Luck, attention
 from tests.support.fake_upstream import (
     DONE,
     data_chunk,
@@ -201,9 +203,20 @@ class Rig:
 Lane = Callable[..., Awaitable[Rig]]
 
 
-@pytest.fixture
-async def lane(nursery: trio.Nursery, pki: Path) -> Lane:
-    """Sets relays up and starts them. `buffers` is in bytes, `tls` is for the client's side."""
+@pytest.fixture(params=["two-pumps", "turns"])
+async def lane(
+    nursery: trio.Nursery,
+    pki: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Lane:
+    """Sets relays up and starts them. `buffers` is in bytes, `tls` is for the client's side.
+
+    Each of them with two pumps at work, and with every turn taken that can be.
+    """
+    monkeypatch.setattr(attention, "undivided", lambda _: request.param == "turns")
+    monkeypatch.setattr(Luck, "worth_it", lambda _: True)
+    monkeypatch.setattr(relay, "LOOK_S", 0.0)  # the peers are tasks: nothing comes meanwhile
 
     async def watch() -> None:
         await trio.sleep(STALL_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +26,7 @@ from gateway.nbd.negotiation import (
     StartTLS,
 )
 from gateway.nbd.oldstyle import OldstyleHaggling
-from gateway.nbd.pairing import Terms
+from gateway.nbd.pairing import Question, Terms
 from gateway.nbd.policy import ExportPolicy
 from gateway.nbd.transmission import Transmission
 from gateway.relay import Relay
@@ -37,17 +38,19 @@ from gateway.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 3.0
-_PLAIN_RECEIVE: Final = 4096  # bytes at a time from a client that has proved nothing yet
+# Bytes at a time of options. Between two such portions the others have their turn, so that one
+# client's options, which come by the thousand if it likes, do not starve them.
+_RECEIVE: Final = 4096
 _QUIET_ENDS: Final = frozenset({SessionEnd.PROBE})
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
 class SessionLog(logging.LoggerAdapter[logging.Logger]):
-    """Puts the session's number and the client's address in front of every line."""
+    """Puts the session's name and the client's address in front of every line."""
 
-    def __init__(self, number: int, peer: str) -> None:
-        super().__init__(logger, {})
-        self._prefix = f"[{number}] {peer}: "
+    def __init__(self, name: str, peer: str) -> None:
+        super().__init__(logger)
+        self._prefix = f"[{name}] {peer}: "
 
     def process(self, msg: object, kwargs: object) -> tuple[object, object]:  # type: ignore[override]
         return f"{self._prefix}{msg}", kwargs
@@ -66,39 +69,34 @@ class _Agreed:
     """The outcome of the negotiation."""
 
     terms: Terms
-    upstream: Channel
     rest: bytes  # the client's first bytes of the transmission phase, if it was that quick
 
 
 class Session:
     """One client. `run` it once; it closes the socket and never raises but for cancellation.
 
-    `context` None is NOTLS mode (proto.md, "NOTLS mode"), for loopback and Unix sockets.
+    `name` is for the log. `context` None is NOTLS mode (proto.md, "NOTLS mode"), for loopback and
+    Unix sockets. In transmission, which may last for months, it holds on to nothing of the
+    negotiation.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         peer: str,
-        number: int,
+        name: str,
         settings: Settings,
         context: ssl.SSLContext | None,
     ) -> None:
-        self._log = SessionLog(number, peer)
+        self._log = SessionLog(name, peer)
         self._settings = settings
         self._context = context
         self._channel = Channel(sock)
-        self._upstream = Upstream(
-            settings.socket,
-            self._log,
-            oldstyle_name=settings.export or "",
-            timeout_s=settings.handshake_timeout_s / 2,
-        )
+        self._upstream: Channel | None = None  # in transmission
         self._machine: PlainHaggling | Haggling | OldstyleHaggling | None = None
         self._relay: Relay | None = None
         self._identity: Identity | None = None
         self._tls_words = "no TLS"
-        self._terms: Terms | None = None
         self._shutting_down = False
         self._negotiation = trio.CancelScope()
         self._evicted = False
@@ -109,7 +107,10 @@ class Session:
         """Serve the client to its end. Cancelled: everything is closed in CLOSE_TIMEOUT_S."""
         end, detail = SessionEnd.SHUTDOWN, ""
         try:
-            end, detail = await self._serve()
+            agreed = await self._negotiate_in_time()
+            relay = self._relay = self._enter_transmission(agreed)
+            end = await relay.run(agreed.rest)
+            detail = relay.detail
         except _Ended as over:
             end, detail = over.end, over.detail
         except TLSRefused as refused:
@@ -132,7 +133,8 @@ class Session:
             except Exception:
                 self._log.exception("bug: closing this session in disorder")
             finally:
-                await self._upstream.aclose()
+                if self._upstream is not None:
+                    self._upstream.close()
                 self._log_end(end, detail, trio.current_time() - self._started)
 
     def shutdown(self) -> None:
@@ -165,18 +167,15 @@ class Session:
 
     # -- the order of things
 
-    async def _serve(self) -> tuple[SessionEnd, str]:
-        agreed = None
+    async def _negotiate_in_time(self) -> _Agreed:
         self._negotiation.deadline = self._started + self._settings.handshake_timeout_s
         with self._negotiation:
-            agreed = await self._negotiate()
-        if agreed is None:
-            if not isinstance(self._machine, Haggling):
-                self._channel.close()  # before TLS there is no end to be polite about
-            if isinstance(self._machine, OldstyleHaggling) and self._shutting_down:
-                raise _Ended(SessionEnd.SHUTDOWN)
-            raise _Ended(SessionEnd.TIMEOUT, "others wait for its place" if self._evicted else "")
-        return await self._transmit(agreed)
+            return await self._negotiate()
+        if not isinstance(self._machine, Haggling):
+            self._channel.close()  # before TLS there is no end to be polite about
+        if isinstance(self._machine, OldstyleHaggling) and self._shutting_down:
+            raise _Ended(SessionEnd.SHUTDOWN)
+        raise _Ended(SessionEnd.TIMEOUT, "others wait for its place" if self._evicted else "")
 
     async def _negotiate(self) -> _Agreed:
         settings = self._settings
@@ -203,7 +202,7 @@ class Session:
 
     async def _greet(self, greeting: Greeting) -> Greeted:
         while True:
-            data = await self._channel.receive()
+            data = await self._channel.receive(_RECEIVE)
             if not data:
                 left = self._channel.bytes_read
                 raise _Ended(SessionEnd.CLIENT_LEFT if left else SessionEnd.PROBE)
@@ -217,11 +216,11 @@ class Session:
             machine.shutdown()
         data = rest
         while True:
-            for effect in machine.receive(data):
+            for effect in _joined(machine.receive(data)):
                 if isinstance(effect, StartTLS):
                     return
                 await self._act(effect)
-            data = await self._channel.receive(_PLAIN_RECEIVE)
+            data = await self._channel.receive(_RECEIVE)
             if not data:
                 left = machine.end is SessionEnd.ABORTED
                 raise _Ended(SessionEnd.CLIENT_LEFT if left else machine.end)
@@ -238,18 +237,40 @@ class Session:
         self._tls_words = f"{channel.tls.version()} {cipher[0] if cipher else ''}"
 
     async def _haggle(self, machine: Haggling | OldstyleHaggling, effects: list[Effect]) -> _Agreed:
+        settings = self._settings
+        upstream = Upstream(
+            settings.socket,
+            self._log,
+            oldstyle_name=settings.export or "",
+            timeout_s=settings.handshake_timeout_s / 2,
+        )
+        try:
+            terms = await self._haggle_with(upstream, machine, effects)
+            self._upstream = upstream.take_channel()
+        finally:
+            if self._upstream is None:
+                await upstream.aclose()
+        self._machine = None
+        return _Agreed(terms, machine.rest())
+
+    async def _haggle_with(
+        self, upstream: Upstream, machine: Haggling | OldstyleHaggling, effects: list[Effect]
+    ) -> Terms:
         while True:
-            while effects:
-                effect = effects.pop(0)
-                if isinstance(effect, Ask):
-                    effects += machine.answer(await self._upstream.ask(effect.question))
-                elif isinstance(effect, EnterTransmission):
-                    self._machine = None
-                    return _Agreed(effect.terms, self._upstream.take_channel(), machine.rest())
-                else:
-                    await self._act(effect)
+            question: Question | None = None
+            for effect in _joined(effects):
+                match effect:
+                    case Ask(question):
+                        pass  # always the last one: what else there is depends on the answer
+                    case EnterTransmission(terms):
+                        return terms
+                    case _:
+                        await self._act(effect)
+            if question is not None:
+                effects = machine.answer(await upstream.ask(question))
+                continue
             assert isinstance(machine, Haggling)
-            data = await self._channel.receive()
+            data = await self._channel.receive(_RECEIVE)
             if not data:
                 raise _Ended(SessionEnd.CLIENT_LEFT, machine.refused)
             effects = machine.receive(data)
@@ -258,7 +279,6 @@ class Session:
         match effect:
             case Send(data):
                 await self._channel.send_all(data)
-                await trio.lowlevel.checkpoint()  # one client's options must not starve the others
             case Close(reason):
                 raise _Ended(reason, self._refused())
             case _:
@@ -268,22 +288,22 @@ class Session:
         machine = self._machine
         return machine.refused if isinstance(machine, Haggling | OldstyleHaggling) else ""
 
-    async def _transmit(self, agreed: _Agreed) -> tuple[SessionEnd, str]:
-        self._terms = agreed.terms
-        transmission = Transmission(agreed.terms)
-        self._relay = Relay(self._channel, agreed.upstream, transmission)
+    def _enter_transmission(self, agreed: _Agreed) -> Relay:
+        assert self._upstream is not None
+        terms = agreed.terms
+        relay = Relay(self._channel, self._upstream, Transmission(terms))
         self._log.info(
             "open: export %r, %d bytes, %s, %s, %s",
-            agreed.terms.export[:80],
-            agreed.terms.size,
-            "read-only" if agreed.terms.read_only else "read-write",
+            terms.export[:80],
+            terms.size,
+            "read-only" if terms.read_only else "read-write",
             self._identity or "anonymous",
             self._tls_words,
         )
+        self._identity, self._tls_words = None, ""
         if self._shutting_down:
-            self._relay.shutdown()
-        end = await self._relay.run(agreed.rest)
-        return end, self._relay.detail
+            relay.shutdown()
+        return relay
 
     async def _close_client(self) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
@@ -301,6 +321,21 @@ class Session:
             self._channel.bytes_written,
             seconds,
         )
+
+
+def _joined(effects: list[Effect]) -> Iterator[Effect]:
+    """The same, with neighbouring `Send`s in one: each costs a system call and a TLS record."""
+    words: list[bytes] = []
+    for effect in effects:
+        if isinstance(effect, Send):
+            words.append(effect.data)
+            continue
+        if words:
+            yield Send(b"".join(words))
+            words.clear()
+        yield effect
+    if words:
+        yield Send(b"".join(words))
 
 
 def _tune(sock: socket.socket) -> None:

@@ -32,7 +32,7 @@ from gateway.transport import Channel
 
 SEND_BUFFER: Final = 1 << 20  # bytes; the default of 208 KiB costs bulk writes a tenth
 _BUSY_RETRY_S: Final = 0.02  # a full backlog on a Unix socket is EAGAIN, not a wait
-_GOODBYE_S: Final = 1.0
+_RECEIVE: Final = 4096  # bytes at a time; the answer to most options has less than a hundred
 
 _UNSUPPORTED: Final = Refused(Rep.ERR_UNSUP)
 
@@ -56,6 +56,7 @@ class Upstream:
         self._oldstyle_name = oldstyle_name
         self._timeout_s = timeout_s
         self._channel: Channel | None = None
+        self._unsent = b""  # our half of the greeting, to go with the first option
         self._handshake = Handshake()
         self._structured = self._extended = False  # agreed on, so it has to stay that way
         # Block sizes of the export that was asked about last: None if it has none to tell.
@@ -71,9 +72,8 @@ class Upstream:
         proto.md: "Fixed newstyle negotiation", and NBD_OPT_GO for the fall-back.
         """
         try:
-            with trio.fail_after(self._timeout_s):
+            with trio.CancelScope(deadline=trio.current_time() + self._timeout_s):
                 return await self._answer(question)
-        except trio.TooSlowError:
             reason = f"{self._path} did not answer within {self._timeout_s:g} s"
         except (PeerError, UpstreamUnavailable) as error:
             reason = str(error)
@@ -100,12 +100,14 @@ class Upstream:
         channel, self._channel = self._channel, None
         if channel is None:
             return
+        last_word = b""
+        if self._opened and not self._taken:
+            last_word = framing(extended=self._extended).disconnect()
+        elif not self._opened and self._handshake.style is Style.FIXED_NEWSTYLE:
+            last_word = self._handshake.abort()
         try:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _GOODBYE_S):
-                if self._opened and not self._taken:
-                    await channel.send_all(framing(extended=self._extended).disconnect())
-                elif not self._opened and self._handshake.style is Style.FIXED_NEWSTYLE:
-                    await channel.send_all(self._handshake.abort())
+            if last_word:
+                channel.send_now(last_word)  # who does not read does not get it
         except ChannelClosed:
             pass  # it went first
         finally:
@@ -189,7 +191,8 @@ class Upstream:
 
     async def _exchange(self, option: bytes) -> Answer:
         assert self._channel is not None
-        await self._channel.send_all(option)
+        greeting, self._unsent = self._unsent, b""
+        await self._channel.send_all(greeting + option)
         answer = await self._receive()
         assert not isinstance(answer, Greeted)
         if isinstance(answer, Refused):
@@ -199,7 +202,7 @@ class Upstream:
     async def _receive(self) -> Greeted | Answer:
         assert self._channel is not None
         while True:
-            data = await self._channel.receive()
+            data = await self._channel.receive(_RECEIVE)
             if not data:
                 raise self._handshake.closed()
             if (result := self._handshake.receive(data)) is not None:
@@ -214,6 +217,8 @@ class Upstream:
         self._log.debug("upstream speaks %s", greeted.style.value)
         if greeted.export is not None:
             self._opened = (self._oldstyle_name, greeted.export)
+        elif greeted.style is Style.FIXED_NEWSTYLE:
+            self._unsent = greeted.reply  # goes with the first option, to wake the upstream once
         else:
             await self._channel.send_all(greeted.reply)
 

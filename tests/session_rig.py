@@ -81,7 +81,7 @@ class Front:
                 ended = trio.Event()
                 number = len(self.sessions) + 1
                 peer = f"{address[0]}:{address[1]}"
-                session = Session(sock, peer, number, self.settings, self.context)
+                session = Session(sock, peer, str(number), self.settings, self.context)
                 self.sessions.append(session)
                 self._running.append(ended)
                 nursery.start_soon(self._run, session, ended)

@@ -298,7 +298,7 @@ async def test_shutdown_before_the_session_runs(settings: Settings, fake: FakeUp
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        session = Session(ours, "a client", 1, settings, None)
+        session = Session(ours, "a client", "1", settings, None)
         session.shutdown()
         await session.run()
         assert theirs.recv(1) == b""

@@ -17,7 +17,6 @@ from gateway.nbd.constants import (
     MAX_STRING,
     NBD_MAGIC,
     REP_ERROR_BIT,
-    ClientFlag,
     HandshakeFlag,
     Info,
     Opt,
@@ -54,7 +53,9 @@ MAX_REPLY_DATA = 4 + 2 * MAX_STRING  # the largest legal reply: a name and a des
 MAX_REPLIES = 10_000  # to one option: an upstream with more exports than that is no upstream
 MAX_REPLY_BYTES = 4 << 20  # to one option, all replies together
 
-_KNOWN_CLIENT_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# Plain ints: an operation on an IntFlag is a dozen calls. The bits are the same in both directions.
+_FIXED_NEWSTYLE, _NO_ZEROES = int(HandshakeFlag.FIXED_NEWSTYLE), int(HandshakeFlag.NO_ZEROES)
+_HAS_FLAGS = int(TransmissionFlag.HAS_FLAGS)
 
 
 class Style(enum.Enum):
@@ -185,11 +186,10 @@ class Handshake:
         if (raw_all := self._inbox.take(GREETING.size + HANDSHAKE_FLAGS.size)) is None:
             return None
         (flags,) = HANDSHAKE_FLAGS.unpack_from(raw_all, GREETING.size)
-        fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
-        self.style = Style.FIXED_NEWSTYLE if fixed else Style.NEWSTYLE
-        self._zeroes = not flags & HandshakeFlag.NO_ZEROES
-        # The bits are the same in both directions; unknown ones are not to be answered.
-        reply = CLIENT_FLAGS.pack(ClientFlag(flags & _KNOWN_CLIENT_FLAGS))
+        self.style = Style.FIXED_NEWSTYLE if flags & _FIXED_NEWSTYLE else Style.NEWSTYLE
+        self._zeroes = not flags & _NO_ZEROES
+        # Unknown bits are not to be answered.
+        reply = CLIENT_FLAGS.pack(flags & (_FIXED_NEWSTYLE | _NO_ZEROES))
         return Greeted(self.style, reply, None)
 
     def _oldstyle(self) -> Greeted | None:
@@ -293,6 +293,6 @@ def _granted(
         check_size(size)
     except Malformed as wrong:
         raise PeerError("upstream", str(wrong)) from None
-    if not flags & TransmissionFlag.HAS_FLAGS:
+    if not flags & _HAS_FLAGS:
         flags = 0
     return Granted(size, flags, block_sizes, infos)

@@ -39,8 +39,12 @@ MAX_OPTIONS = 4096  # inside TLS: some clients ask for each export by itself
 TLS_REQUIRED = "this server speaks NBD over TLS only: use nbds://, tls-creds= or -certfile"
 SHUTTING_DOWN = "this gateway is shutting down"
 
-# A plain int: `~` of an IntFlag is the complement within its members, not of all bits.
+# Plain ints: an operation on an IntFlag is a dozen calls, and its `~` is the complement within its
+# members, not of all bits.
 _KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+_FIXED_NEWSTYLE, _NO_ZEROES = int(ClientFlag.FIXED_NEWSTYLE), int(ClientFlag.NO_ZEROES)
+
+
 # -- effects
 
 
@@ -110,10 +114,10 @@ class Greeting:
         (flags,) = CLIENT_FLAGS.unpack(raw)
         if flags & ~_KNOWN_FLAGS:
             raise PeerError("client", f"unknown client flags {flags:#x}")
-        if self._tls_required and not flags & ClientFlag.FIXED_NEWSTYLE:
+        if self._tls_required and not flags & _FIXED_NEWSTYLE:
             # "The server MUST operate in NOTLS mode unless ...", and that we do not offer.
             raise PeerError("client", "no fixed newstyle, so TLS cannot be negotiated")
-        return [Greeted(bool(flags & ClientFlag.NO_ZEROES))]
+        return [Greeted(bool(flags & _NO_ZEROES))]
 
     def rest(self) -> bytes:
         """Bytes behind the client flags, for the next machine."""

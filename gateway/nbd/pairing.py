@@ -12,6 +12,8 @@ from gateway.nbd.constants import TransmissionFlag
 from gateway.nbd.upgrades import Capabilities
 from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, BlockSizes, ListedExport, MetaContext
 
+_READ_ONLY = int(TransmissionFlag.READ_ONLY)  # an operation on an IntFlag is a dozen calls
+
 # -- questions of the front end
 
 
@@ -134,7 +136,7 @@ class Terms:
 
     @property
     def read_only(self) -> bool:
-        return bool(self.flags & TransmissionFlag.READ_ONLY)
+        return bool(int(self.flags) & _READ_ONLY)
 
     @property
     def served(self) -> Capabilities:

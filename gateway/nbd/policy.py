@@ -18,13 +18,15 @@ from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, MetaContext
 
 NO_SUCH_EXPORT: Final = "no such export here, or it is not yours to open"
 
-_WRITE_FEATURES = (
-    TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.SEND_FAST_ZERO
-)
+# Plain ints: an operation on an IntFlag is a dozen calls.
+_HAS_FLAGS, _READ_ONLY = int(TransmissionFlag.HAS_FLAGS), int(TransmissionFlag.READ_ONLY)
+_SEND_DF = int(TransmissionFlag.SEND_DF)
+_BLOCK_STATUS_PAYLOAD = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+_SEND_WRITE_ZEROES = int(TransmissionFlag.SEND_WRITE_ZEROES)
+_SEND_FAST_ZERO = int(TransmissionFlag.SEND_FAST_ZERO)
+_WRITE_FEATURES = int(TransmissionFlag.SEND_TRIM) | _SEND_WRITE_ZEROES | _SEND_FAST_ZERO
 # What the gateway itself knows how to carry. Other features of an upstream are not advertised.
-_CARRIED_FEATURES = (
+_CARRIED_FEATURES = int(
     TransmissionFlag.HAS_FLAGS
     | TransmissionFlag.READ_ONLY
     | TransmissionFlag.SEND_FLUSH
@@ -104,17 +106,16 @@ def _told_flags(
     With `filters` there are, or may yet be, meta contexts for a client to filter.
     """
     if policy.read_only:
-        upstream |= TransmissionFlag.READ_ONLY
-    flags = TransmissionFlag(offered_flags(upstream, policy.upgrades))
-    flags = flags & _CARRIED_FEATURES | TransmissionFlag.HAS_FLAGS
+        upstream |= _READ_ONLY
+    flags = offered_flags(upstream, policy.upgrades) & _CARRIED_FEATURES | _HAS_FLAGS
     if not (replies.structured or replies.extended):
-        flags &= ~TransmissionFlag.SEND_DF
+        flags &= ~_SEND_DF
     elif Upgrade.STRUCTURED_REPLIES in policy.upgrades:
-        flags |= TransmissionFlag.SEND_DF
+        flags |= _SEND_DF
     if not (replies.extended and filters):
-        flags &= ~TransmissionFlag.BLOCK_STATUS_PAYLOAD
-    if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
-        flags &= ~TransmissionFlag.SEND_FAST_ZERO
+        flags &= ~_BLOCK_STATUS_PAYLOAD
+    if not flags & _SEND_WRITE_ZEROES:
+        flags &= ~_SEND_FAST_ZERO
     if policy.read_only:
         flags &= ~_WRITE_FEATURES
-    return flags
+    return TransmissionFlag(flags)

@@ -83,11 +83,12 @@ class Inbox:
 
     def take_option_header(self) -> OptionHeader | None:
         """The next option's header; its data stays. Raises PeerError when the magic is wrong."""
-        if (raw := self.take(OPTION.size)) is None:
+        if len(self._buffer) < OPTION.size:
             return None
-        magic, option, length = OPTION.unpack(raw)
+        magic, option, length = OPTION.unpack_from(self._buffer)
         if magic != IHAVEOPT:
             raise PeerError(self._side, f"option magic {magic:#018x}")
+        del self._buffer[: OPTION.size]
         return OptionHeader(option, length)
 
     def take_option_reply(self, *, max_data: int) -> OptionReply | None:
@@ -99,9 +100,12 @@ class Inbox:
             raise PeerError(self._side, f"option reply magic {magic:#018x}")
         if length > max_data:
             raise PeerError(self._side, f"option reply of {length} bytes")
-        if (raw := self.take(OPTION_REPLY.size + length)) is None:
+        end = OPTION_REPLY.size + length
+        if len(self._buffer) < end:
             return None
-        return OptionReply(option, kind, raw[OPTION_REPLY.size :])
+        data = bytes(self._buffer[OPTION_REPLY.size : end])
+        del self._buffer[:end]
+        return OptionReply(option, kind, data)
 
 
 class OptionHeader(NamedTuple):
@@ -261,12 +265,13 @@ class _Reader:
         self._at += count
         return raw
 
-    def u16(self) -> int:
-        value: int = U16.unpack(self.take(2))[0]
-        return value
+    def u16s(self) -> tuple[int, ...]:
+        """As many as the first one says."""
+        (count,) = U16.unpack(self.take(U16.size))
+        return struct.unpack(f">{count}H", self.take(count * U16.size))
 
     def u32(self) -> int:
-        value: int = U32.unpack(self.take(4))[0]
+        value: int = U32.unpack(self.take(U32.size))[0]
         return value
 
     def string(self) -> str:
@@ -284,7 +289,7 @@ def unpack_info_request(data: bytes) -> InfoRequest:
     """Data of NBD_OPT_INFO and NBD_OPT_GO: exactly 4+n+2+2k bytes. Raises Malformed."""
     reader = _Reader(data)
     name = reader.string()
-    infos = tuple(reader.u16() for _ in range(reader.u16()))
+    infos = reader.u16s()
     reader.end()
     return InfoRequest(name, infos)
 

@@ -32,7 +32,8 @@ class Relay:
         self._client = client
         self._upstream = upstream
         self._transmission = transmission
-        # Each is held from the start of a message to its end, not always by one task:
+        # Each is held from the start of a message to its end, not always by one task; and for good
+        # if a message is cut, for what came next would be taken for the rest of it:
         self._client_writer = trio.Semaphore(1, max_value=1)
         self._upstream_writer = trio.Semaphore(1, max_value=1)
         self._follow_ups = trio.Event()
@@ -206,20 +207,16 @@ class Relay:
         if pieces and not self._upstream_gone.is_set():
             if not was_open:
                 await _begin(self._upstream_writer)
-            try:
-                await self._send_upstream(stream.buffer, pieces)
-            finally:
-                if not transmission.mid_request:
-                    self._upstream_writer.release()
+            await self._send_upstream(stream.buffer, pieces)
+            if not transmission.mid_request:
+                self._upstream_writer.release()
         stream.done_with(consumed)
         if transmission.follow_ups_due:
             self._wake_follow_ups()
         if replies := transmission.take_local_replies():
             await _begin(self._client_writer)
-            try:
-                await self._client.send_all(replies)
-            finally:
-                self._client_writer.release()
+            await self._client.send_all(replies)
+            self._client_writer.release()
 
     async def _send_upstream(self, buffer: bytearray, pieces: Sequence[Piece]) -> None:
         """Whole messages, or up to where the payload of the last is still to come."""
@@ -248,12 +245,15 @@ class Relay:
             await self._follow_ups.wait()
             self._follow_ups = trio.Event()
             while transmission.follow_ups_due and not self._upstream_gone.is_set():
-                async with self._upstream_writer:
-                    await self._send_upstream(nothing, transmission.take_follow_ups())
+                await _begin(self._upstream_writer)
+                await self._send_upstream(nothing, transmission.take_follow_ups())
+                self._upstream_writer.release()
 
     async def _client_done(self, end: SessionEnd) -> None:
         """The client will send no more. Let what is in flight be answered, for a while."""
-        self._end = SessionEnd.UPSTREAM_LOST if self._upstream_gone.is_set() else end
+        gone = self._upstream_gone.is_set() or self._upstream_over
+        left = self._left and self._transmission.upstream_ends
+        self._end = SessionEnd.UPSTREAM_LOST if gone or left else end
         if self._end is SessionEnd.CLIENT_LEFT and self._client.truncated:
             self.detail = "connection cut without an end of TLS"
         if self._idle or self._transmission.mid_payload:
@@ -285,9 +285,6 @@ class Relay:
                 await _begin(self._client_writer)
             self._take_replies(stream)
             await self._send_unsent(stream)
-            if not self._upstream_over:
-                await self._leave_if_upstream_ends()
-            self._end_if_idle()
         await self._until_all_is_sent()
         await self._lose_upstream()
 
@@ -320,12 +317,16 @@ class Relay:
             self._upstream_over = True
 
     async def _send_unsent(self, stream: Stream) -> None:
+        """Send what was taken last, and look whether that was all."""
         try:
             for unit in self._unsent:
                 await self._client.send_all(unit)
-        finally:
-            self._replies_sent(stream)
-            self._all_sent.set()
+        finally:  # what is walked is never walked again, also if the client did not get it
+            stream.done_with(self._taken)
+        self._all_is_sent()
+        if not self._upstream_over:
+            await self._leave_if_upstream_ends()
+        self._end_if_idle()
 
     def _return_at_once(self) -> bool:
         """Do what the other pump does, if that needs no waiting. False: it has to go on."""
@@ -343,22 +344,24 @@ class Relay:
                 sent = client.send_now(unit)
                 if sent < len(unit):
                     self._unsent[: index + 1] = [memoryview(unit)[sent:]]
-                    self._all_sent = trio.Event()
                     assert self._nursery is not None
                     self._nursery.start_soon(self._until_it_ends, self._send_unsent, stream)
                     handed_over = True
                     break
         finally:
             if not handed_over:
-                self._replies_sent(stream)
+                stream.done_with(self._taken)
+        if not handed_over:
+            self._all_is_sent()
         if self._upstream_over:
             self._upstream.shutdown()  # wakes the other pump
         return not (handed_over or self._upstream_over)
 
-    def _replies_sent(self, stream: Stream) -> None:
-        """What is walked is never walked again, also if the client did not get it."""
+    def _all_is_sent(self) -> None:
+        """Not so if it was cut: then nothing may follow."""
         self._unsent = []
-        stream.done_with(self._taken)
+        self._all_sent.set()
+        self._all_sent = trio.Event()
         if not self._transmission.mid_reply:
             self._client_writer.release()
 

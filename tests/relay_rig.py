@@ -26,7 +26,7 @@ from gateway.nbd.transmission import Transmission
 from gateway.relay import Relay
 from gateway.settings import TLSSettings
 from gateway.tls import server_context
-from gateway.transport import Channel
+from gateway.transport import Channel, look
 from gateway.turns import Luck, attention
 from tests.support.fake_upstream import (
     DONE,
@@ -162,34 +162,37 @@ class Rig:
         self.end: SessionEnd | None = None
         self.scope = trio.CancelScope()
 
-    async def serve(self, terms: Terms, first: bytes) -> None:
+    async def serve(self, terms: Terms, first: bytes, eager: bool) -> None:
         """As a session does it. `scope` is for those that have to be cut."""
         with self.scope:
-            await self._serve(terms, first)
+            await self._serve(terms, first, eager)
 
-    async def _serve(self, terms: Terms, first: bytes) -> None:
+    async def _serve(self, terms: Terms, first: bytes, eager: bool) -> None:
         client, upstream = self.near
         self.relay = Relay(client, upstream, Transmission(terms))
-        try:
-            self.end = await self.relay.run(first)
-        finally:
-            client.shutdown()  # close would be RST where bytes are left, which is not the point
+        with contextlib.ExitStack() as stack:
+            if eager:
+                stack.callback(Eager(self.relay, client, upstream).close)
             try:
-                await self.relay.aclose()
+                self.end = await self.relay.run(first)
             finally:
-                upstream.shutdown()
-                self._ended.set()
+                client.shutdown()  # close would be RST where bytes are left: not the point
+                try:
+                    await self.relay.aclose()
+                finally:
+                    upstream.shutdown()
+                    self._ended.set()
 
     async def ended(self) -> SessionEnd:
         await self._ended.wait()
         assert self.end is not None
         return self.end
 
-    async def run(self, terms: Terms, first: bytes) -> None:
+    async def run(self, terms: Terms, first: bytes, *, eager: bool) -> None:
         """Serve, and close everything at the end of the test: the far ends first."""
         async with trio.open_nursery() as nursery:
             try:
-                nursery.start_soon(self.serve, terms, first)
+                nursery.start_soon(self.serve, terms, first, eager)
                 await trio.sleep_forever()
             finally:
                 self.client.channel.close()
@@ -198,6 +201,54 @@ class Rig:
                     await self._ended.wait()
                 for channel in self.near:
                     channel.close()
+
+
+class Eager:
+    """Wakes the request pump for what comes from the upstream, too, and before the other pump.
+
+    That is how a turn meets it: scripted peers are tasks, and do nothing while it looks. To be
+    woken in vain is nothing new to a pump: half a TLS record does that.
+    """
+
+    def __init__(self, relay: Relay, client: Channel, upstream: Channel) -> None:
+        self._relay, self._client, self._upstream = relay, client, upstream
+        self._client_readable, self._upstream_readable = client.readable, upstream.readable
+        self._second = upstream.socket.dup()  # the reply pump waits for the first
+        client.readable = self._either  # type: ignore[method-assign]
+        upstream.readable = self._after_the_other  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        self._second.close()
+
+    def _takes_replies(self) -> bool:
+        relay = self._relay
+        free = relay._transmission.mid_reply or relay._client_writer.value
+        return not (relay._unsent or relay._upstream_over) and bool(free)
+
+    async def _either(self) -> None:
+        if not (self._client._drained and self._takes_replies()):
+            await self._client_readable()
+            return
+        async with trio.open_nursery() as nursery:
+
+            async def also() -> None:
+                await trio.lowlevel.wait_readable(self._second)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(also)
+            await self._client_readable()
+            nursery.cancel_scope.cancel()
+
+    async def _after_the_other(self) -> None:
+        while True:  # what a turn has taken wakes nobody
+            stands_back = self._takes_replies()
+            await self._upstream_readable()
+            if not stands_back:
+                return
+            for _ in range(5):
+                await trio.lowlevel.checkpoint()
+            if any(look(self._upstream, self._upstream, 0.0)):
+                return
 
 
 Lane = Callable[..., Awaitable[Rig]]
@@ -214,9 +265,11 @@ async def lane(
 
     Each of them with two pumps at work, and with every turn taken that can be.
     """
-    monkeypatch.setattr(attention, "undivided", lambda _: request.param == "turns")
+    turns = request.param == "turns"
+    monkeypatch.setattr(attention, "undivided", lambda _: turns)
     monkeypatch.setattr(Luck, "worth_it", lambda _: True)
     monkeypatch.setattr(relay, "LOOK_S", 0.0)  # the peers are tasks: nothing comes meanwhile
+    monkeypatch.setattr(relay, "TURN_S", STALL_S)  # no turn is cut short
 
     async def watch() -> None:
         await trio.sleep(STALL_S)
@@ -241,7 +294,7 @@ async def lane(
             client, far_client = await in_tls(client, far_client, pki)
         rig = Rig(client, upstream, (far_client, far_upstream))
         terms = terms or Terms("", size, flags, structured_replies=structured)
-        nursery.start_soon(rig.run, terms, first)
+        nursery.start_soon(lambda: rig.run(terms, first, eager=turns))
         await wait_all_tasks_blocked()
         return rig
 

@@ -190,6 +190,8 @@ class Relay:
                     return True
             elif not from_upstream:
                 break
+            if self._transmission.follow_ups_due:
+                break  # these are sent by a task of their own
         return False
 
     async def _forward(self, stream: Stream) -> None:
@@ -259,6 +261,7 @@ class Relay:
         if self._idle or self._transmission.mid_payload:
             return
         self._shutting_down = True
+        self._replies.keep(False)  # this may be in a turn, and take long
         with trio.move_on_after(DISC_TIMEOUT_S):
             await trio.sleep_forever()  # ended by _end_if_idle
 

@@ -153,11 +153,21 @@ def sockets(size: int) -> Iterator[socket.socket]:
 
 
 async def session(
-    client: Callable[[Stream], None], *, structured: bool, seed: int = 0, size: int = 0, cut: bool
+    client: Callable[[Stream], None],
+    *,
+    structured: bool,
+    seed: int = 0,
+    size: int = 0,
+    cut: bool,
+    tls: Path | None = None,
 ) -> tuple[Run, Disk]:
-    """Run one from its beginning to its end, which is the client's."""
+    """Run one from its beginning to its end, which is the client's. `tls`: with these keys."""
     near_client, far_client, near_upstream, far_upstream = sockets(size)
-    run = Run((Channel(near_client), Channel(near_upstream)), structured=structured)
+    near = Channel(near_client)
+    if tls:
+        near, far = await in_tls(near, Channel(far_client), tls)
+        far_client = far.socket
+    run = Run((near, Channel(near_upstream)), structured=structured)
     disk = Disk(far_upstream, seed=seed, structured=structured, cut=cut)
     with far_client, far_upstream, trio.fail_after(3 * LONG_S):
         async with trio.open_nursery() as nursery:
@@ -191,10 +201,11 @@ def replies(stream: Stream, waiting: dict[int, Request], *, structured: bool) ->
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("depth", [1, 4, 32])
 @pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 async def test_every_byte_in_its_place(
-    taken: list[bool], structured: bool, depth: int, cut: bool
+    taken: list[bool], pki: Path, tls: bool, structured: bool, depth: int, cut: bool
 ) -> None:
-    """Reads, writes and zeroes, none of which overlaps another in flight."""
+    """Reads, writes, zeroes and flushes, none of which overlaps another in flight."""
     rng = random.Random(depth)
     model = bytearray(random.Random(7).randbytes(1 << 16) * (DISK >> 16))
 
@@ -205,9 +216,11 @@ async def test_every_byte_in_its_place(
             used = {one.offset // slot for one in waiting.values()}
             place = rng.choice([one for one in range(64) if one not in used])
             length = rng.choice([1, 512, 4096, 4096, 4096, 65536, slot])
-            cmd = rng.choice([Cmd.READ, Cmd.READ, Cmd.WRITE, Cmd.WRITE_ZEROES])
+            cmd = rng.choice([Cmd.READ, Cmd.READ, Cmd.WRITE, Cmd.WRITE_ZEROES, Cmd.FLUSH])
             payload = rng.randbytes(length) if cmd == Cmd.WRITE else b""
             request = Request(cmd, place * slot, length, cookie, payload=payload)
+            if cmd == Cmd.FLUSH:
+                request = Request(cmd, cookie=cookie)
             waiting[cookie] = request
             stream.sock.sendall(request.pack())
             while len(waiting) >= depth:
@@ -222,10 +235,11 @@ async def test_every_byte_in_its_place(
         at = slice(request.offset, request.offset + request.length)
         if request.cmd == Cmd.READ:
             assert data == model[at]
-        else:
+        elif request.cmd != Cmd.FLUSH:
             model[at] = request.payload or bytes(request.length)
 
-    run, disk = await session(client, structured=structured, seed=7, cut=cut)
+    keys = pki if tls else None
+    run, disk = await session(client, structured=structured, seed=7, cut=cut, tls=keys)
     assert run.end is SessionEnd.DISCONNECTED
     assert disk.disconnected
     assert disk.content == model
@@ -366,40 +380,6 @@ async def test_it_is_ended_in_a_turn(taken: list[bool], how: str) -> None:
             assert await trio.to_thread.run_sync(client) >= 100
     assert run.end is (SessionEnd.SHUTDOWN if how == "shutdown" else None)
     assert disk.disconnected
-
-
-async def test_in_tls(taken: list[bool], pki: Path) -> None:
-    """As above, with records that are read ahead, and a client thread that speaks TLS."""
-    near_client, far_client, near_upstream, far_upstream = sockets(0)
-    near, far = await in_tls(Channel(near_client), Channel(far_client), pki)
-    run = Run((near, Channel(near_upstream)), structured=True)
-    disk = Disk(far_upstream, seed=5, structured=True, cut=True)
-
-    def client() -> None:
-        stream, waiting = Stream(far.socket), {}
-        for n in range(1, 300):
-            waiting[n] = Request(
-                Cmd.READ, (n % 64) * 65536, random.Random(n).randrange(1, 65537), n
-            )
-            stream.sock.sendall(waiting[n].pack())
-            if n % 8 == 0:
-                while waiting:
-                    cookie, data = replies(stream, waiting, structured=True)
-                    one = waiting.pop(cookie)
-                    assert data == disk.content[one.offset : one.offset + one.length]
-        while waiting:
-            waiting.pop(replies(stream, waiting, structured=True)[0])
-        stream.sock.sendall(DISC)
-
-    with far_upstream, trio.fail_after(3 * LONG_S):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run.serve)
-            nursery.start_soon(trio.to_thread.run_sync, disk.serve)
-            await trio.to_thread.run_sync(client)
-        far.close()
-    assert run.end is SessionEnd.DISCONNECTED
-    assert disk.disconnected
-    assert taken.count(True) > 20
 
 
 async def test_two_busy_sessions_are_both_served(taken: list[bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway.nbd.haggling import Haggling
+from gateway.nbd.handshake import Handshake
+from gateway.nbd.negotiation import Ask, Greeting, PlainHaggling, Send
+from gateway.nbd.pairing import ListExports
 from gateway.nbd.upgrades import ALL_UPGRADES, NO_UPGRADES, Upgrade
+from gateway.nbd.wire import option_reply
+from gateway.session import _joined
+from gateway.upstream import Upstream
 from tests import session_rig
 from tests.session_rig import DISC, Front, Log, in_thread, over, read_works
 from tests.support.fake_upstream import FakeUpstream, Script, pattern
@@ -78,6 +86,41 @@ async def test_first_request_comes_with_the_last_option(front: Front) -> None:
     assert (await in_thread(client.recv_exactly, 16 + 512))[16:] == pattern(0, 512)
     client.send(DISC[10:])
     await over(front, client)
+
+
+@pytest.mark.parametrize("opt", [Opt.INFO, Opt.GO])
+async def test_replies_to_one_option_come_in_one_record(front: Front, opt: Opt) -> None:
+    client = await front.inside()
+    client.send(option(opt, info_data()))
+    raw = await in_thread(client.recv_some)  # never more than one record
+    assert raw.endswith(option_reply(opt, Rep.ACK))
+    assert len(raw) == 20 + 12 + 20
+
+
+def test_only_neighbours_are_joined() -> None:
+    one, two, three = Send(b"one"), Send(b"two"), Send(b"three")
+    ask = Ask(ListExports())
+    assert list(_joined([])) == []
+    assert list(_joined([one])) == [one]
+    assert list(_joined([one, two, ask])) == [Send(b"onetwo"), ask]
+    assert list(_joined([ask, one, two, ask, three])) == [ask, Send(b"onetwo"), ask, three]
+
+
+async def test_nothing_of_the_negotiation_is_kept(front: Front) -> None:
+    """An open disk may be idle for months, and there may be thousands of them."""
+    kinds = {Greeting, PlainHaggling, Haggling, Upstream, Handshake}
+
+    def alive() -> set[int]:
+        gc.collect()
+        return {id(one) for one in gc.get_objects() if type(one) in kinds}
+
+    await front.opened()
+    before = alive()
+    await front.inside()
+    assert alive() - before  # they can be found
+    before = alive()
+    await front.opened()
+    assert not alive() - before
 
 
 async def test_socket_options(front: Front) -> None:

@@ -330,14 +330,19 @@ async def test_turn_that_waits_holds_no_empty_buffer(
     lane: Lane, meanwhile: Looks, lent: set[int]
 ) -> None:
     """A client has said goodbye, and the upstream takes its time."""
-    rig, seen = await turn_at(lane, reads(1, 512))
-    meanwhile += [lambda: sends(rig.client, DISC)]
+    rig, seen = await turn_at(lane, reads(2, 512))
+
+    def both() -> None:
+        sends(rig.upstream, answer(seen[0], structured=False))
+        sends(rig.client, DISC)
+
+    meanwhile += [both]
     await rig.client.ask(Request(Cmd.FLUSH, cookie=5))
     seen.append(await rig.upstream.request())
     await wait_all_tasks_blocked()
     assert not meanwhile
     assert not lent
-    await rig.upstream.answer_all(seen)
+    await rig.upstream.answer_all(seen[1:])
     assert await rig.ended() is SessionEnd.DISCONNECTED
 
 
@@ -353,7 +358,7 @@ def cut_now(rig: Rig, full: Peer, *sends: tuple[Peer, bytes]) -> bytes:
 
     Returns what was read.
     """
-    got = b"".join(full.channel.socket.recv(ROOM // 4) for _ in range(3))
+    got = b"".join(full.channel.socket.recv(ROOM // 4) for _ in range(5))
     for peer, data in sends:
         assert peer.channel.send_now(data) == len(data)
     rig.scope.deadline = -math.inf
@@ -406,6 +411,8 @@ async def test_no_request_behind_a_follow_up_that_was_cut(lane: Lane, attempt: i
     await rig.client.ask(Request(Cmd.WRITE_ZEROES, 0, 8 * MIB, 1))
     await wait_all_tasks_blocked()
     got = cut_now(rig, rig.upstream, (rig.client, write(4096, 2).pack()))
+    await wait_all_tasks_blocked()
+    rig.upstream.leave()  # or its answers would be waited for
     got += await rig.upstream.to_end()
     assert len(got) < 8 * MIB
     assert not got[28:].strip(b"\0")

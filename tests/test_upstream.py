@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from gateway import upstream
 from gateway.nbd.constants import Info, TransmissionFlag
@@ -27,6 +27,7 @@ from gateway.nbd.pairing import (
     UseStructuredReplies,
 )
 from gateway.nbd.wire import BlockSizes, ListedExport, disconnect_request
+from gateway.transport import Channel
 from tests import upstream_rig
 from tests.support.fake_upstream import ALL_FEATURES, MIB, FakeUpstream, Link, Script
 from tests.support.rawclient import (
@@ -37,6 +38,8 @@ from tests.support.rawclient import (
     Opt,
     Rep,
     Tf,
+    info_data,
+    option,
 )
 from tests.upstream_rig import GO, INFO, UNKNOWN, UNSUPPORTED, Dial, asked, ended
 
@@ -111,6 +114,25 @@ async def test_refusals_are_handed_on(
     assert fake.connects == 1
 
 
+async def test_first_option_goes_with_the_client_flags(
+    fake: FakeUpstream, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one segment, so that the upstream is woken once."""
+    sent: list[bytes] = []
+
+    class Recorded(Channel):
+        def send_now(self, data: bytes | bytearray | memoryview) -> int:
+            sent.append(bytes(data))
+            return super().send_now(data)
+
+    monkeypatch.setattr(upstream, "Channel", Recorded)
+    server = dial()
+    await server.ask(ListExports())
+    await server.ask(GO)
+    flags = struct.pack(">I", C_FIXED | C_NO_ZEROES)
+    assert sent == [flags + option(Opt.LIST), option(Opt.GO, info_data())]
+
+
 async def test_unknown_export_leaves_the_connection_usable(fake: FakeUpstream, dial: Dial) -> None:
     fake.script.names = (b"disk",)
     server = dial()
@@ -135,12 +157,12 @@ async def test_block_sizes_are_promised_only_if_they_have_to_be(
     fake: FakeUpstream, dial: Dial
 ) -> None:
     fake.script = BlockSizesRequired(block_sizes=(512, 4096, MIB))
-    for question, option in ((INFO, Opt.INFO), (GO, Opt.GO)):
+    for question, opt in ((INFO, Opt.INFO), (GO, Opt.GO)):
         server = dial()
         answer = await server.ask(question)
         assert isinstance(answer, Granted)
         assert answer.block_sizes == BlockSizes(512, 4096, MIB)
-        assert asked(fake.links[-1]) == [option, option]
+        assert asked(fake.links[-1]) == [opt, opt]
 
 
 async def test_block_sizes_are_asked_for_twice_at_most(fake: FakeUpstream, dial: Dial) -> None:
@@ -304,7 +326,7 @@ async def test_taken_channel_is_closed_without_a_word(fake: FakeUpstream, dial: 
 
 
 async def test_close_does_not_wait_for_who_does_not_read(
-    dial: Dial, tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    dial: Dial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upstream, "SEND_BUFFER", 4096)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -327,10 +349,7 @@ async def test_close_does_not_wait_for_who_does_not_read(
                 channel.socket.send(bytes(1000))
             except BlockingIOError:
                 break
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.aclose)
-            await wait_all_tasks_blocked()
-            mock_clock.jump(1.1)
+        await server.aclose()
         assert channel.socket.fileno() == -1
         accepted.close()
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import click
 
 from gateway.cli import cli
+from tests.bench import report
+from tests.bench.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -80,6 +82,14 @@ def test_defaults_are_the_real_ones() -> None:
         assert line.endswith(f"| {shown} |")
         default = real[flag]
         assert shown.strip("`") == (f"{default:g}" if isinstance(default, float) else str(default))
+
+
+def test_figures_are_those_of_the_run_that_is_kept() -> None:
+    """`python -m tests.bench.report tests/bench/figures/bench.json --readme` puts them there."""
+    results = Results.load(report.README.parent / "tests/bench/figures/bench.json")
+    shown = README.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert shown.strip() == report.readme_figures(results)
+    assert not report.failures(results)
 
 
 def test_production_lines_are_understood() -> None:

@@ -14,6 +14,9 @@ from tests.bench.summary import Summary, cpu, cpu_ratio, ratio, value
 BASE = "nbdkit"
 NONE = "-"
 
+README = Path(__file__).resolve().parents[2] / "README.md"
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
 NOTES = """\
 All servers stand in front of the same kind of disk (nbdkit's memory plugin, full of random bytes),
 with the same certificates and their default settings, and are measured in turn, in another order
@@ -220,6 +223,11 @@ def quick_report(results: Results) -> str:
     return _joined([("", words), ("", table(rows)), ("", more), ("Failed", failures(results))])
 
 
+def readme_figures(results: Results) -> str:
+    """What stands in README.md between the two marks."""
+    return f"{machine(results)}\n\n{ratios(results)}"
+
+
 def _joined(sections: Iterable[tuple[str, str]]) -> str:
     return "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections if text)
 
@@ -228,12 +236,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="what the bench has written")
     parser.add_argument("--goals", action="store_true", help="the goal table alone")
+    parser.add_argument("--readme", action="store_true", help="put the figures into README.md")
     options = parser.parse_args()
     try:
         results = Results.load(options.file)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    print(goals(results) if options.goals else report(results))
+    if options.readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        README.write_text(f"{before}{BEGIN}\n{readme_figures(results)}\n{END}{after}")
+    else:
+        print(goals(results) if options.goals else report(results))
 
 
 if __name__ == "__main__":

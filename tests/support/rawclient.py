@@ -309,7 +309,8 @@ class RawClient:
             except ssl.SSLEOFError:
                 self.ended = "fin"
             except ssl.SSLError as error:
-                self.ended = f"alert: {error.reason}"
+                cut = error.reason == "UNEXPECTED_EOF_WHILE_READING"  # Python 3.11.2: no own type
+                self.ended = "fin" if cut else f"alert: {error.reason}"
             except ConnectionError:
                 self.ended = "reset"
         return b""

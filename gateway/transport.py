@@ -194,6 +194,10 @@ class TLSChannel(Channel):
         super().__init__(sock)
         self._tls = sock
         self._mid_write = False
+        # Behind a short record more may wait in the kernel; and what is read one by one goes on
+        # coming one by one, since the peer sends as it is answered. So every other `fill`, and as
+        # long as it pays, looks for more also where it need not.
+        self._expects_more = False
         self._drained = False  # the handshake may have read ahead
 
     async def do_handshake(self) -> None:
@@ -217,7 +221,11 @@ class TLSChannel(Channel):
         return self._tls
 
     def fill(self, view: memoryview, *, probe: bool = True) -> int:
-        """As for a plain channel. Reads records until there are no more, no room, or many."""
+        """As for a plain channel. Reads records until there are no more, no room, or many.
+
+        With `probe` false it stops at a short record every other time, unless it has just been
+        wrong about it.
+        """
         read: Callable[[int, memoryview], int] = self._tls.read  # type: ignore[assignment]
         filled, room = 0, len(view)
         try:
@@ -230,13 +238,14 @@ class TLSChannel(Channel):
                     self.eof = True
                     break
                 filled += count
-                if not probe and count < RECORD and not self._tls.pending():
-                    self._drained = True
+                if not (probe or self._expects_more or count == RECORD or self._tls.pending()):
+                    self._drained = self._expects_more = True
                     break
             else:
                 self._drained = False
         except ssl.SSLWantReadError:
             self._drained = True
+            self._expects_more = False
         except ssl.SSLWantWriteError:
             # A key update that OpenSSL wants to answer. It does so with our next write. (While one
             # of our writes is half done, OpenSSL 3.0 gives up instead, and the session ends.)

@@ -14,7 +14,7 @@ from typing import Final
 LOOK_S: Final = 100e-6  # how long to look for what comes next; seldom in vain, see `Luck`
 TURN_S: Final = 500e-6  # how long to go on like that: what all others may have to wait
 MANY: Final = 8  # requests in flight
-OTHERS: Final = 6  # turns of the loop in which the others go first
+OTHERS: Final = 3  # turns of the loop in which the others go first
 _COMPANY_S: Final = 50e-3  # how long after another session was busy nobody goes on like that
 _FAIR_MISSES: Final = 2  # in a row, without consequences
 _LONGEST_PAUSE: Final = 64  # looks left out after many misses

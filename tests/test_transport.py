@@ -17,6 +17,7 @@ from tests import transport_rig
 from tests.support.rawclient import tls_context
 from tests.transport_rig import (
     MIB,
+    ONLY_TLS,
     PROBE,
     STALL_S,
     Connect,
@@ -98,6 +99,30 @@ async def test_many_small_records(connect: Connect, probe: bool) -> None:
                 assert filled <= 64 or not isinstance(pair.near, TLSChannel)
                 got += filled
     assert view[:got] == data
+
+
+@ONLY_TLS
+async def test_records_that_wait_are_not_read_one_by_one(connect: Connect) -> None:
+    """A peer that is answered one by one sends one by one, and that is how it would stay."""
+    pair = await connect()
+    view = memoryview(bytearray(2000))
+    for _ in range(20):
+        await pair.far.send_all(b"x" * 28)
+    counts = []
+    with trio.fail_after(STALL_S):
+        while sum(counts) < 20 * 28:
+            await pair.near.readable()
+            counts.append(pair.near.fill(view, probe=False))
+    assert counts[0] in (28, 20 * 28)
+    assert sum(counts[:2]) == 20 * 28
+
+    async def alone() -> int:
+        await pair.far.send_all(b"y" * 28)
+        await pair.near.readable()
+        return pair.near.fill(view, probe=False)
+
+    with trio.fail_after(STALL_S):
+        assert [await alone() for _ in range(10)] == [28] * 10
 
 
 @pytest.mark.parametrize("kind", ["TLS1.3"])

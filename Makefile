@@ -33,7 +33,7 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check bench bench-quick bench-layers interop-matrix clean
+.PHONY: help demo test check bench bench-quick bench-idle bench-layers interop-matrix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,10 @@ bench: .venv/.bench-installed ## the gateway beside nbdkit and qemu-nbd: tables,
 bench-quick: .venv/.installed ## a few cases beside nbdkit, as ratios, in two minutes
 	@tests/peers/install
 	.venv/bin/python -m tests.bench --quick
+
+bench-idle: .venv/.installed ## what 10 000 idle clients cost, in five minutes
+	@tests/peers/install
+	@.venv/bin/python -m tests.bench.idle
 
 bench-layers: .venv/.installed ## what each layer of the data plane costs, in two minutes
 	@.venv/bin/python -m tests.bench.layers

@@ -1,50 +1,103 @@
-"""Who a client is."""
+"""Who may enter, and open what: rules about identities and addresses. Deny wins, always."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import enum
+import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
-from cryptography import x509
-from cryptography.x509.oid import NameOID
+from gateway.errors import SettingsError
+from gateway.identity import Identity
+from gateway.rule import KINDS, Rule
 
-_SHOWN: Final = 80  # characters of a peer's text in a log line
-# Identities kept for clients that come again, a kilobyte or two each. Only what was read out of a
-# certificate is kept: whether it is good is looked at each time, by OpenSSL.
-_KEPT: Final = 128
+__all__ = ["KINDS", "ExportRules", "Grant", "Mode", "Network", "Rule", "Rules", "parse_network"]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Mode(enum.StrEnum):
+    """What may be done with an export."""
+
+    READ_ONLY = "read-only"
+    READ_WRITE = "read-write"
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """What TLS has proved of a client. Texts are a certificate's, so shown with `str()` only."""
+class ExportRules:
+    """Who may open one export. Without `read_write` and `read_only`: all who may enter, to write.
 
-    common_name: str | None
-    subject: str  # RFC 4514
-    sha256: str  # of the certificate, hexadecimal
+    Who is in both may write.
+    """
 
-    @classmethod
-    def of_certificate(cls, der: bytes) -> Identity:
-        """The identity in a verified leaf certificate. Raises ValueError if it cannot be parsed."""
-        return _identity(der)
+    name: str
+    read_write: tuple[Rule, ...] = ()
+    read_only: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{shown(self.subject or 'no subject')} sha256:{self.sha256[:16]}"
-
-
-@functools.lru_cache(_KEPT)
-def _identity(der: bytes) -> Identity:
-    certificate = x509.load_der_x509_certificate(der)
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    common_name = str(names[0].value) if names else None
-    fingerprint = hashlib.sha256(der).hexdigest()
-    return Identity(common_name, certificate.subject.rfc4514_string(), fingerprint)
+    def mode(self, identity: Identity) -> Mode | None:
+        """What this client may do with it; None: it does not exist for this client."""
+        if any(rule.denies(identity) for rule in self.deny):
+            return None
+        if not (self.read_write or self.read_only) or _any(self.read_write, identity):
+            return Mode.READ_WRITE
+        return Mode.READ_ONLY if _any(self.read_only, identity) else None
 
 
-def shown(text: str) -> str:
-    """A peer's text, fit for one log line: no control characters, not too long."""
-    clean = text
-    if not text.isprintable():
-        clean = "".join(char if char.isprintable() else "?" for char in text)
-    return clean if len(clean) <= _SHOWN else clean[: _SHOWN - 3] + "..."
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one client may do. `exports` None: there are no tables of exports, all are alike."""
+
+    may_enter: bool
+    exports: tuple[tuple[str, Mode], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """All rules together. With none, whoever TLS lets in may enter."""
+
+    allow: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
+    allow_from: tuple[Network, ...] = ()
+    deny_from: tuple[Network, ...] = ()
+    exports: tuple[ExportRules, ...] = ()
+
+    def admits(self, address: str) -> bool:
+        """Whether a client of this IP address is listened to at all. Raises ValueError for text
+        that is no address."""
+        ip: ipaddress.IPv4Address | ipaddress.IPv6Address
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped  # how a socket for both families shows an IPv4 client
+        if any(ip in network for network in self.deny_from):
+            return False
+        return not self.allow_from or any(ip in network for network in self.allow_from)
+
+    def grant(self, identity: Identity) -> Grant:
+        """What this client may do. With tables of exports, to open none is not to enter."""
+        denied = any(rule.denies(identity) for rule in self.deny)
+        if denied or (self.allow and not _any(self.allow, identity)):
+            return Grant(False, () if self.exports else None)
+        if not self.exports:
+            return Grant(True)
+        modes = ((export.name, export.mode(identity)) for export in self.exports)
+        opened = tuple((name, mode) for name, mode in modes if mode is not None)
+        return Grant(bool(opened), opened)
+
+
+def parse_network(flag: str, text: str) -> Network:
+    """An address or a network in CIDR form. Raises SettingsError that begins with `flag`."""
+    try:
+        if "%" in text:
+            raise ValueError("no zone (%...) in it: addresses are compared without")
+        network = ipaddress.ip_network(text)
+    except ValueError as wrong:
+        raise SettingsError(f"{flag} {text}: {wrong}; write 192.0.2.0/24 or 2001:db8::1") from None
+    mapped = isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped
+    if mapped and network.prefixlen >= 96:  # IPv4 clients are looked for under their own addresses
+        return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
+
+
+def _any(rules: Iterable[Rule], identity: Identity) -> bool:
+    return any(rule.matches(identity) for rule in rules)

@@ -1,14 +1,8 @@
 """The folder of certificates that `nbd-gateway certs init` writes, and what to do with it.
 
 The files have the names that QEMU, nbdkit and libnbd look for (`ca-cert.pem`, `server-cert.pem`,
-`client-cert.pem` and so on). What stands in the certificates is up to `gateway.pki`.
-
-How `init` writes. Everything is made in memory first. Each file then gets a temporary name in its
-own folder, exclusively and with its final mode from the first moment, and only when all are safely
-on the disk are they renamed, one by one. A former file is moved aside, not overwritten, until the
-last new one is in place. Every step puts its own inverse on a stack, so that an error (or Ctrl-C)
-at any step leaves the folder as it was. The temporary names are fixed, and so they also serve as a
-lock: two runs at once, or one after a run that was killed, cannot mix their files.
+`client-cert.pem` and so on). What stands in the certificates is up to `gateway.pki`, how they are
+written to `gateway.certs_store`, and what is added to the folder later to `gateway.certs_folder`.
 """
 
 from __future__ import annotations
@@ -18,24 +12,33 @@ import os
 import secrets
 import shlex
 import socket as socket_module
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import quote
 
+from gateway.certs_store import Content, in_words, locked, write_together
 from gateway.pki import (
     CA_DAYS,
     CLIENT_DAYS,
+    CRL_DAYS,
     SERVER_DAYS,
     CertificateAuthority,
     Credential,
+    KeyType,
     PkiError,
     check_server_name,
+    general_name,
 )
+from gateway.pki_keys import key_pem
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+CA_KEY: Final = Path("ca", "ca-key.pem")  # in the folder; apart from what is served
+REVOKED: Final = Path("ca", "revoked")  # the record of revocations, beside the key that signs them
+CRL: Final = Path("ca-crl.pem")
+CLIENTS: Final = Path("clients")  # a folder in it for each client but the first
 
 
 class IssuedPair(NamedTuple):
@@ -47,6 +50,27 @@ class IssuedPair(NamedTuple):
     not_after: datetime
     sha256: str
 
+    @classmethod
+    def of(cls, role: str, credential: Credential, folder: Path, key_folder: Path) -> IssuedPair:
+        """With the names that a role's files have; `role` is ca, server or client."""
+        return cls(
+            folder / f"{role}-cert.pem",
+            key_folder / f"{role}-key.pem",
+            credential.common_name,
+            credential.not_after,
+            credential.sha256,
+        )
+
+
+class Passwords(NamedTuple):
+    """Passphrases for keys; None: the key is not encrypted."""
+
+    ca: bytes | None = None
+    key: bytes | None = None  # of what is issued: `init` puts it on the server's key only
+
+
+NO_PASSWORDS: Final = Passwords()
+
 
 @dataclass(frozen=True)
 class Issued:
@@ -57,6 +81,7 @@ class Issued:
     server: IssuedPair
     client: IssuedPair
     server_names: tuple[str, ...]
+    locked: bool = False  # whether the server's key has a passphrase
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -74,43 +99,62 @@ def init(
     ca_days: int = CA_DAYS,
     server_days: int = SERVER_DAYS,
     client_days: int = CLIENT_DAYS,
+    key_type: KeyType = KeyType.EC_P256,
+    server_sans: Sequence[str] = (),
+    passwords: Passwords = NO_PASSWORDS,
     now: datetime | None = None,
 ) -> Issued:
     """Issue a CA, a server and a client certificate, and write them below `directory`.
 
     The server certificate is for `server_names` (this host's own names if there are none) and
     always for LOCAL_NAMES too, so that a first trial on the same machine works. `force` replaces
-    a former set, CA included: what the former CA signed is then worth nothing.
+    a former set, CA included: what the former CA signed is then worth nothing. If the former had
+    revocations, the new one gets a CRL that is empty, since the gateway would refuse the former.
     Raises PkiError, after which the directory is as it was unless the text says otherwise.
     """
     directory = directory.absolute()
     names = [check_server_name(name) for name in server_names] or list(_host_names())
     names = list(dict.fromkeys([*names, *LOCAL_NAMES]))
+    sans = [general_name(text) for text in server_sans]
     # A name of its own: peers that hold two CAs then say "unknown issuer", not "bad signature".
     authority = CertificateAuthority.create(
-        f"nbd-gateway CA {secrets.token_hex(4)}", ca_days, moment := now or datetime.now(UTC)
+        f"nbd-gateway CA {secrets.token_hex(4)}",
+        ca_days,
+        moment := now or datetime.now(UTC),
+        key_type,
     )
-    server = authority.issue_server(names, server_days, moment)
-    client = authority.issue_client(client_name, client_days, moment)
-
-    def pair(role: str, credential: Credential, key_folder: Path) -> IssuedPair:
-        return IssuedPair(
-            directory / f"{role}-cert.pem",
-            key_folder / f"{role}-key.pem",
-            credential.common_name,
-            credential.not_after,
-            credential.sha256,
-        )
-
+    server = authority.issue_server(names, server_days, moment, key_type, sans)
+    client = authority.issue_client(client_name, client_days, moment, key_type=key_type)
     issued = Issued(
         directory,
-        pair("ca", authority, directory / "ca"),
-        pair("server", server, directory),
-        pair("client", client, directory),
+        IssuedPair.of("ca", authority, directory, (directory / CA_KEY).parent),
+        IssuedPair.of("server", server, directory, directory),
+        IssuedPair.of("client", client, directory, directory),
         tuple(names),
+        locked=passwords.key is not None,
     )
-    content = (c for each in (authority, server, client) for c in (each.key_pem, each.cert_pem))
-    _write_together(directory, dict(zip(issued.paths, content, strict=True)), force=force)
+    files: dict[Path, Content] = {}
+    for pair, credential, password in (
+        (issued.ca, authority, passwords.ca),
+        (issued.server, server, passwords.key),
+        (issued.client, client, None),
+    ):
+        files[pair.key] = Content(key_pem(credential.key, password), secret=True)
+        files[pair.cert] = Content(credential.cert_pem)
+    if any(os.path.lexists(directory / name) for name in (CRL, REVOKED)):
+        files[directory / REVOKED] = Content(b"")
+        files[directory / CRL] = Content(authority.revoke_list([], moment))
+    remedy = "choose another folder, or replace them all, the CA too, with --force"
+    with contextlib.ExitStack() as stack:
+        if issued.ca.key.parent.is_dir():  # not while somebody revokes with the former CA
+            try:
+                stack.enter_context(locked(issued.ca.key.parent))
+            except OSError as error:
+                raise PkiError(
+                    f"cannot write the certificates in {directory}: {in_words(error)}; "
+                    "nothing was changed"
+                ) from error
+        write_together(directory, files, force=force, remedy=remedy)
     return issued
 
 
@@ -119,117 +163,6 @@ def _host_names() -> Iterator[str]:
     for name in (socket_module.gethostname(), socket_module.getfqdn()):
         with contextlib.suppress(PkiError):
             yield check_server_name(name)
-
-
-def _write_together(directory: Path, files: Mapping[Path, bytes], *, force: bool) -> None:
-    """All the files, or none. Files whose name ends in -key.pem are for the owner only."""
-    stuck: list[OSError] = []  # steps that could not be undone
-    former: list[Path] = []
-
-    def attempt(step: Callable[..., object], *args: object) -> None:
-        try:
-            step(*args)
-        except OSError as error:
-            stuck.append(error)
-
-    try:
-        with contextlib.ExitStack() as undo:
-            _refuse_what_is_there(directory, files, force=force)
-            for folder in _missing_folders(files):
-                folder.mkdir(mode=0o700 if folder.is_relative_to(directory) else 0o755)
-                undo.callback(attempt, folder.rmdir)
-            for path, content in files.items():
-                mode = 0o600 if path.name.endswith("-key.pem") else 0o644
-                descriptor = _open_new(_new(path), mode)
-                undo.callback(attempt, _new(path).unlink, True)
-                with open(descriptor, "wb") as out:
-                    os.fchmod(descriptor, mode)  # the umask took its share
-                    out.write(content)
-                    out.flush()
-                    os.fsync(descriptor)
-            # Once more: another run may have finished before we held the temporary names.
-            _refuse_what_is_there(directory, files, force=force)
-            for path in files:
-                if os.path.lexists(path):
-                    path.rename(_old(path))
-                    undo.callback(attempt, _old(path).rename, path)
-                    former.append(_old(path))
-                _new(path).rename(path)
-                undo.callback(attempt, path.unlink)
-            for folder in {path.parent for path in files}:
-                _sync_folder(folder)
-            undo.pop_all()
-    except OSError as error:
-        what = f"cannot write the certificates in {directory}: {_in_words(error)}"
-        if not stuck:
-            raise PkiError(f"{what}; nothing was changed") from error
-        raise PkiError(
-            f"{what}; and not all could be put back ({_in_words(stuck[0])}): rename each .NAME.old "
-            f"in {directory} and in its folder ca to NAME, and remove each .NAME.new"
-        ) from error
-    try:
-        for path in former:
-            path.unlink()
-    except OSError as error:
-        raise PkiError(
-            f"the new certificates are in place, but remove each .NAME.old in {directory} and in "
-            f"its folder ca by hand, they are the former ones: {_in_words(error)}"
-        ) from error
-
-
-def _new(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-def _refuse_what_is_there(directory: Path, files: Iterable[Path], *, force: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise PkiError(f"{directory} is a file, not a folder")
-    there = [path for path in files if os.path.lexists(path)]
-    if there and not force:
-        names = ", ".join(str(path.relative_to(directory)) for path in there)
-        raise PkiError(
-            f"{directory} already has {names}: choose another folder, or replace them all, "
-            "the CA too, with --force"
-        )
-    for path in files:
-        if path.is_dir():
-            raise PkiError(f"{path} is a folder, not a file")
-        if os.path.lexists(_old(path)):
-            raise PkiError(
-                f"{_old(path)} was left by a run that was cut short: rename it to {path.name} to "
-                "have the former file back, or remove it"
-            )
-
-
-def _missing_folders(files: Iterable[Path]) -> list[Path]:
-    """Those to make, parents first."""
-    wanted = {folder for path in files for folder in path.parents if not folder.exists()}
-    return sorted(wanted, key=lambda folder: len(folder.parts))
-
-
-def _open_new(path: Path, mode: int) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    except FileExistsError:
-        raise PkiError(
-            f"{path} exists: another run is at work, or one was cut short; if so, remove it"
-        ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _in_words(error: OSError) -> str:
-    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
 
 
 # ---------------------------------------------------------------- what to do with them
@@ -289,6 +222,7 @@ def next_steps(
         shlex.quote(str(each))
         for each in (issued.directory, ca.cert, server.cert, server.key, socket)
     )
+    unlock = " --key-password-file FILE" if issued.locked else ""
     return f"""\
 Issued in {folder}:
 - CA "{ca.name}", until {ca.not_after:%Y-%m-%d}
@@ -297,8 +231,8 @@ Issued in {folder}:
 
 Start the gateway, in the short or in the long form:
 
-    nbd-gateway --tls-dir {folder} --socket {upstream}
-    nbd-gateway --cert {cert} --key {key} --client-ca {ca_file} --socket {upstream}
+    nbd-gateway --tls-dir {folder}{unlock} --socket {upstream}
+    nbd-gateway --cert {cert} --key {key}{unlock} --client-ca {ca_file} --socket {upstream}
 
 Try it from here with one of these clients (the last one attaches a block device, as root):
 
@@ -306,6 +240,18 @@ Try it from here with one of these clients (the last one attaches a block device
 
 A client needs {ca.cert.name}, {client.cert.name} and {client.key.name} from this folder, no more.
 A gateway elsewhere needs {ca.cert.name}, {server.cert.name} and {server.key.name}.
+
+Another client, and what it needs in one file:
+
+    nbd-gateway certs client NAME --dir {folder}
+    nbd-gateway certs bundle client NAME --dir {folder}
+
+To be able to shut a client out before its certificate ends, begin with a CRL now. The gateway takes
+it from the same folder; it holds for {CRL_DAYS} days, so renew it in time: once it is out of date,
+nobody gets in.
+
+    nbd-gateway certs crl --dir {folder}
+    nbd-gateway certs revoke {folder}/clients/NAME/client-cert.pem --dir {folder}
 
 Keep {ca.key.parent} offline, and a copy of it safe: who holds {ca.key.name} can let anyone in,
 and neither the gateway nor a client reads it.

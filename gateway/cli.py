@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
@@ -17,7 +16,8 @@ import trio
 
 import gateway
 from gateway.errors import GatewayError, SettingsError
-from gateway.flags import serve_options, settings_of
+from gateway.flags import rereader, settings_of
+from gateway.options import serve_options
 from gateway.serve import run_gateway
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ Examples:
   nbd-gateway --tls-dir tls --socket /run/disk.sock
   nbd-gateway --cert server-cert.pem --key server-key.pem \\
       --client-ca ca-cert.pem --socket /run/disk.sock --read-only
+  nbd-gateway --tls-dir tls --socket /run/disk.sock --allow cn=vm1
+  nbd-gateway check --tls-dir tls --socket /run/disk.sock
   nbd-gateway demo
 
 \b
@@ -72,37 +74,44 @@ def serve(**flags: Any) -> None:
     _serve(**flags)
 
 
-@cli.group()
-def certs() -> None:
-    """Issue the certificates that gateway and clients need."""
-
-
-@certs.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--server-name",
-    "server_names",
-    multiple=True,
-    metavar="NAME",
-    help="DNS name or address by which clients know the server; may be repeated.  [default: "
-    "this host's name; localhost is always in]",
+@cli.command(
+    epilog="""
+\b
+Exit codes: 0 nothing bad, 1 something bad, 2 wrong usage.
+"""
 )
-@click.option("--force", is_flag=True, help="Replace certificates and keys that are there.")
-def init(directory: Path, server_names: tuple[str, ...], *, force: bool) -> None:
-    """Issue a CA, a server and a client certificate into DIRECTORY.
+@serve_options
+def check(*, log_level: str, **flags: Any) -> None:
+    """Say of each file and rule whether it is good. Serve nobody, and dial nobody.
 
-    The files have the names that QEMU, nbdkit and libnbd look for. The CA's key is put apart,
-    into DIRECTORY/ca.
+    Takes the same options as serve.
     """
-    from gateway import certs, pki  # not needed to serve
+    from gateway import check  # not needed to serve
 
-    for name in server_names:
-        try:
-            pki.check_server_name(name)
-        except pki.PkiError as wrong:
-            raise SettingsError(f"--server-name: {wrong}") from None
-    issued = certs.init(directory, server_names, force=force)
-    click.echo(certs.next_steps(issued))
+    _log_to_stderr(log_level)
+    sys.exit(check.run(settings_of(**flags), click.echo))
+
+
+class _Certs(click.Group):
+    """Loads its commands when it is asked for one: nobody needs them to serve."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._load()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        self._load()
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self) -> None:
+        from gateway.certs_cli import certs
+
+        self.commands = certs.commands
+
+
+@cli.group(cls=_Certs)
+def certs() -> None:
+    """Issue, show, revoke and hand out the certificates that gateway and clients need."""
 
 
 @cli.command()
@@ -129,7 +138,7 @@ def demo(*, self_test: bool, upstream_socket: str | None, listen: str, log_level
     """
     from gateway.demo import run  # not needed to serve
 
-    logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+    _log_to_stderr(log_level)
     trio.run(
         functools.partial(
             run, click.echo, self_test=self_test, upstream=upstream_socket, listen=listen
@@ -140,9 +149,7 @@ def demo(*, self_test: bool, upstream_socket: str | None, listen: str, log_level
 def main() -> NoReturn:
     """The `nbd-gateway` command."""
     try:
-        cli.main(prog_name="nbd-gateway", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        code = cli.main(prog_name="nbd-gateway", standalone_mode=False)
     except click.Abort:
         sys.exit(1)
     except click.ClickException as wrong:
@@ -154,7 +161,7 @@ def main() -> NoReturn:
         _fail(str(failed), 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)  # of context.exit(); a command returns None
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -162,8 +169,13 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+
+
 def _serve(*, log_level: str, **flags: Any) -> None:
-    logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
-    if not run_gateway(settings_of(**flags), click.echo):
+    _log_to_stderr(log_level)
+    settings = settings_of(**flags)
+    if not run_gateway(settings, click.echo, rereader(settings, flags)):
         logger.warning("sessions had to be cut")
         sys.exit(1)

@@ -42,10 +42,48 @@ class ChannelClosed(GatewayError):
     """The other end of a channel is gone without a proper end: reset, broken pipe, cut TLS."""
 
 
-class TLSRefused(GatewayError):
-    """The TLS handshake failed. `reason` is one word of a fixed vocabulary, for the log."""
+class Refusal(enum.StrEnum):
+    """Why a client did not get in: a fixed vocabulary, for logs, and to be counted."""
 
-    def __init__(self, reason: str, what: str) -> None:
+    # of its address
+    ADDRESS_NOT_ALLOWED = "address_not_allowed"
+    # before TLS
+    PROBE = "probe"  # connected and left without a byte
+    PLAINTEXT_CLIENT = "plaintext_client"  # asked for something without TLS
+    EOF_BEFORE_HELLO = "eof_before_hello"  # said STARTTLS and left
+    # in the handshake
+    NOT_TLS = "not_tls"
+    TLS_VERSION = "tls_version"
+    NO_SHARED_CIPHER = "no_shared_cipher"
+    EOF = "eof"  # left in the middle of it
+    TIMEOUT = "timeout"
+    CLIENT_REJECTED_US = "client_rejected_us"  # our certificate is not to its liking
+    CLIENT_ALERT = "client_alert"
+    RESUMED = "resumed"  # a session of before, whose certificate would not be looked at again
+    TLS_ERROR = "tls_error"
+    # of its certificate or key
+    NO_CLIENT_CERT = "no_client_cert"
+    EXPIRED = "expired"
+    NOT_YET_VALID = "not_yet_valid"
+    REVOKED = "revoked"
+    UNKNOWN_CA = "unknown_ca"
+    WRONG_EKU = "wrong_eku"
+    WEAK_KEY = "weak_key"
+    BAD_CERTIFICATE = "bad_certificate"
+    NO_PSK = "no_psk"  # it did not use a pre-shared key
+    UNKNOWN_PSK = "unknown_psk"  # a name that is not in the file, or another key than there
+    # of the CRL here, and so of nobody in particular
+    NO_CRL = "no_crl"
+    CRL_EXPIRED = "crl_expired"
+    CRL_NOT_YET_VALID = "crl_not_yet_valid"
+    # of the rules
+    NOT_ALLOWED = "not_allowed"
+
+
+class TLSRefused(GatewayError):
+    """The TLS handshake failed. `reason` for machines, the text for people."""
+
+    def __init__(self, reason: Refusal, what: str) -> None:
         super().__init__(what)
         self.reason = reason
 
@@ -62,6 +100,8 @@ class SessionEnd(enum.StrEnum):
     TLS_FAILED = "TLS handshake failed"
     TIMEOUT = "handshake timeout"
     REFUSED = "export refused"  # EXPORT_NAME, which has no error reply
+    NOT_ALLOWED = "client not allowed"  # by the rules
+    EXPELLED = "client no longer allowed"  # after a reload
     UPSTREAM_LOST = "upstream lost"
     SHUTDOWN = "gateway shut down"
     BUG = "bug in the gateway"

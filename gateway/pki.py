@@ -1,7 +1,7 @@
 """Certificates in memory: a small private CA, what it signs, and its revocation list.
 
-The profile, and the reason for each of its lines, stands in certs/README.md. `gateway.certs` puts
-a set of these certificates into a folder.
+The profile, and the reason for each of its lines, stands in certs/README.md. `gateway.certs` and
+`gateway.certs_folder` put these certificates into folders.
 """
 
 from __future__ import annotations
@@ -9,18 +9,35 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import NoReturn, TypedDict, Unpack
+from typing import Final, NoReturn, TypedDict, Unpack
 from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from gateway.errors import GatewayError
+from gateway.pki_keys import KeyType, PkiError, PrivateKey, generate, hash_for, key_pem
+
+__all__ = [  # PkiError is raised here too, and is for everybody
+    "CA_DAYS",
+    "CLIENT_DAYS",
+    "CRL_DAYS",
+    "MAX_DAYS",
+    "SAN_KINDS",
+    "SERVER_DAYS",
+    "CertificateAuthority",
+    "Credential",
+    "KeyType",
+    "PkiError",
+    "check_client_name",
+    "check_server_name",
+    "general_name",
+]
 
 CA_DAYS = 3650
 SERVER_DAYS = 397
@@ -30,16 +47,13 @@ MAX_DAYS = 36500  # ours: a hundred years; keeps the dates within what X.509 and
 CLOCK_SKEW = timedelta(hours=1)  # how far a peer's clock may be behind ours
 MAX_COMMON_NAME = 64  # RFC 5280, ub-common-name
 MAX_DNS_NAME = 253  # RFC 1035, 255 bytes on the wire
+SAN_KINDS: Final = ("dns", "ip", "uri", "email")  # as in a rule of --allow, where they are in one
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _KEY_USAGE_BITS = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
     *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
-
-
-class PkiError(GatewayError):
-    """Certificates cannot be issued or written as asked. `str()` is one line for a person."""
 
 
 class Overrides(TypedDict, total=False):
@@ -55,7 +69,7 @@ class Credential:
     """A certificate and its private key."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey = field(repr=False)
+    key: PrivateKey = field(repr=False)
 
     @property
     def cert_pem(self) -> bytes:
@@ -64,8 +78,7 @@ class Credential:
     @property
     def key_pem(self) -> bytes:
         """PKCS #8, not encrypted."""
-        pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        return self.key.private_bytes(serialization.Encoding.PEM, pkcs8, plain)
+        return key_pem(self.key)
 
     @property
     def common_name(self) -> str:
@@ -91,10 +104,14 @@ class CertificateAuthority(Credential):
 
     @classmethod
     def create(
-        cls, name: str, days: int = CA_DAYS, now: datetime | None = None
+        cls,
+        name: str,
+        days: int = CA_DAYS,
+        now: datetime | None = None,
+        key_type: KeyType = KeyType.EC_P256,
     ) -> CertificateAuthority:
         """A new self-signed CA. Give each its own name: chains are built by name."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = generate(key_type)
         subject = _subject(name)
         ours = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ours)
@@ -105,25 +122,42 @@ class CertificateAuthority(Credential):
             .add_extension(_key_usage("key_cert_sign", "crl_sign"), critical=True)
             .add_extension(issuer, critical=False)
         )
-        return cls(builder.sign(key, hashes.SHA256()), key)
+        return cls(builder.sign(key, hash_for(key)), key)
+
+    @classmethod
+    def of_files(cls, certificate: x509.Certificate, key: PrivateKey) -> CertificateAuthority:
+        """A CA that was issued before, here or elsewhere. Raises PkiError if it is none."""
+        if key.public_key() != certificate.public_key():
+            raise PkiError("the key is not that of the certificate")
+        try:
+            may_sign = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+            usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+        except x509.ExtensionNotFound as missing:
+            raise PkiError(f"not the certificate of a CA: {missing}") from None
+        if not (may_sign.value.ca and usage.key_cert_sign and usage.crl_sign):
+            raise PkiError("not the certificate of a CA that signs certificates and CRLs")
+        return cls(certificate, key)
 
     def issue_server(
         self,
         names: Sequence[str],
         days: int = SERVER_DAYS,
         now: datetime | None = None,
+        key_type: KeyType = KeyType.EC_P256,
+        sans: Sequence[x509.GeneralName] = (),
         **overrides: Unpack[Overrides],
     ) -> Credential:
-        """A server certificate for DNS names and IP addresses, in this order."""
+        """A server certificate for DNS names and IP addresses, in this order, and then `sans`."""
         checked = [check_server_name(name) for name in names]
         if not checked:
             raise PkiError("a server certificate needs at least one name")
         fits = len(checked[0]) <= MAX_COMMON_NAME  # CN is for people: clients read the SAN only
         return self._issue(
             checked[0] if fits else "nbd-gateway server",
-            [_general_name(name) for name in checked],
+            [*(_host(name) for name in checked), *sans],
             ExtendedKeyUsageOID.SERVER_AUTH,
             _validity(days, now),
+            key_type,
             overrides,
         )
 
@@ -133,30 +167,40 @@ class CertificateAuthority(Credential):
         days: int = CLIENT_DAYS,
         now: datetime | None = None,
         uris: Sequence[str] = (),
+        key_type: KeyType = KeyType.EC_P256,
+        sans: Sequence[x509.GeneralName] = (),
         **overrides: Unpack[Overrides],
     ) -> Credential:
-        """A client certificate: `name` as CN, `uris` as SAN.
+        """A client certificate: `name` as CN, `uris` and `sans` as SAN.
 
-        Without URIs there is no SAN: a client's name is no host's name, and a DNS name in the SAN
+        Without them there is no SAN: a client's name is no host's name, and a DNS name in the SAN
         would let the holder pass for that host wherever the extended key usage is not looked at.
         """
         return self._issue(
             name,
-            [x509.UniformResourceIdentifier(_check_uri(uri)) for uri in uris],
+            [*(x509.UniformResourceIdentifier(_check_uri(uri)) for uri in uris), *sans],
             ExtendedKeyUsageOID.CLIENT_AUTH,
             _validity(days, now),
+            key_type,
             overrides,
         )
 
     def revoke_list(
-        self, revoked: Iterable[int], now: datetime | None = None, days: int = CRL_DAYS
+        self,
+        revoked: Iterable[int] | Mapping[int, datetime],
+        now: datetime | None = None,
+        days: int = CRL_DAYS,
+        after: int = 0,
     ) -> bytes:
         """A CRL in PEM with these serial numbers. It denies every client once it has expired.
 
-        The CRL number is the time in seconds, so a later list has a higher one.
+        A mapping says for each since when; otherwise it is now. The CRL number is the time in
+        seconds, so a later list has a higher one, and in any case one above `after`.
         """
         this_update, next_update = _validity(days, now)
-        number = int((this_update + CLOCK_SKEW).timestamp())
+        moment = this_update + CLOCK_SKEW
+        number = max(int(moment.timestamp()), after + 1)
+        since = revoked if isinstance(revoked, Mapping) else dict.fromkeys(revoked, moment)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)
@@ -165,10 +209,10 @@ class CertificateAuthority(Credential):
             .add_extension(x509.CRLNumber(number), critical=False)
             .add_extension(self._authority_key_identifier(), critical=False)
         )
-        for serial in sorted(set(revoked)):
+        for serial, date in sorted(since.items()):
             entry = x509.RevokedCertificateBuilder().serial_number(serial)
-            builder = builder.add_revoked_certificate(entry.revocation_date(this_update).build())
-        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+            builder = builder.add_revoked_certificate(entry.revocation_date(date).build())
+        return builder.sign(self.key, hash_for(self.key)).public_bytes(serialization.Encoding.PEM)
 
     def _issue(
         self,
@@ -176,30 +220,34 @@ class CertificateAuthority(Credential):
         names: Sequence[x509.GeneralName],
         usage: x509.ObjectIdentifier,
         validity: tuple[datetime, datetime],
+        key_type: KeyType,
         overrides: Overrides,
     ) -> Credential:
-        key = ec.generate_private_key(ec.SECP256R1())
+        subject = _subject(common_name)
+        key = generate(key_type)
         not_before = overrides.get("not_before", validity[0])
         # A leaf that outlives its CA fails one day for a reason that nobody sees in the leaf.
         not_after = overrides.get("not_after", min(validity[1], self.not_after))
         if not_after <= not_before:
             raise PkiError(f"nothing can be signed: the CA ends on {self.not_after:%Y-%m-%d}")
         builder = (
-            _builder(_subject(common_name), key.public_key(), not_before, not_after)
+            _builder(subject, key.public_key(), not_before, not_after)
             .issuer_name(self.certificate.subject)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            # keyEncipherment means nothing for an EC key, but some QEMUs refuse a leaf without it.
-            .add_extension(_key_usage("digital_signature", "key_encipherment"), critical=True)
+            .add_extension(_leaf_usage(key), critical=True)
             .add_extension(self._authority_key_identifier(), critical=False)
         )
         if usages := overrides.get("usages", [usage]):
             builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return Credential(builder.sign(self.key, hashes.SHA256()), key)
+        return Credential(builder.sign(self.key, hash_for(self.key)), key)
 
     def _authority_key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        ours = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        try:
+            ours = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except x509.ExtensionNotFound:  # a CA from elsewhere
+            return x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ours.value)
 
 
@@ -228,7 +276,43 @@ def check_server_name(name: str) -> str:
     return dns
 
 
-def _general_name(checked: str) -> x509.GeneralName:
+def check_client_name(name: str) -> str:
+    """The name, fit for a CN. Raises PkiError."""
+    _subject(name)
+    return name
+
+
+def general_name(text: str, *, bare_hosts: bool = True) -> x509.GeneralName:
+    """A subject alternative name: `KIND=VALUE`, with the kinds of SAN_KINDS.
+
+    Without a kind it is a URI if it has `://` in it, else an email address if it has an `@`, else
+    a DNS name or an address; unless not `bare_hosts`, for clients, who seldom mean to be a host.
+    Raises PkiError.
+    """
+    kind, equals, value = text.partition("=")
+    if not equals or kind not in SAN_KINDS:
+        value = text
+        kind = "uri" if "://" in text else "email" if "@" in text else "host"
+    match kind:
+        case "uri":
+            return x509.UniformResourceIdentifier(_check_uri(value))
+        case "email":
+            local, _, host = value.rpartition("@")
+            if not re.fullmatch(r"[!-~]+", local) or "@" in local:
+                raise PkiError(f"not an email address: {value[:80]!r}")
+            return x509.RFC822Name(f"{local}@{check_server_name(host)}")
+        case "host" if not bare_hosts:
+            raise PkiError(
+                f"{text[:80]!r}: say dns=NAME or ip=ADDRESS, but only if this client is that host"
+            )
+        case _:
+            name = _host(check_server_name(value))
+            if kind != "host" and (kind == "ip") != isinstance(name, x509.IPAddress):
+                raise PkiError(f"not what {kind}= stands for: {value[:80]!r}")
+            return name
+
+
+def _host(checked: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(checked))
     except ValueError:
@@ -243,7 +327,8 @@ def _check_uri(uri: str) -> str:
 
 
 def _subject(common_name: str) -> x509.Name:
-    if not common_name.strip() or not common_name.isprintable():
+    blank = not common_name or common_name != common_name.strip()
+    if blank or not common_name.isprintable():
         raise PkiError(f"not a name for a certificate: {common_name[:80]!r}")
     if len(common_name.encode()) > MAX_COMMON_NAME:
         raise PkiError(f"name longer than {MAX_COMMON_NAME} bytes: {common_name[:80]!r}")
@@ -259,7 +344,7 @@ def _validity(days: int, now: datetime | None) -> tuple[datetime, datetime]:
 
 def _builder(
     subject: x509.Name,
-    public_key: ec.EllipticCurvePublicKey,
+    public_key: CertificatePublicKeyTypes,
     not_before: datetime,
     not_after: datetime,
 ) -> x509.CertificateBuilder:
@@ -272,6 +357,13 @@ def _builder(
         .not_valid_after(not_after)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
+
+
+def _leaf_usage(key: PrivateKey) -> x509.KeyUsage:
+    if isinstance(key, ed25519.Ed25519PrivateKey):  # RFC 9295 forbids what such a key cannot do
+        return _key_usage("digital_signature")
+    # keyEncipherment means nothing for an EC key, but some QEMUs refuse a leaf without it.
+    return _key_usage("digital_signature", "key_encipherment")
 
 
 def _key_usage(*wanted: str) -> x509.KeyUsage:

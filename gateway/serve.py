@@ -1,30 +1,28 @@
 """From Settings to the end of the gateway: in this process, or in several workers.
 
 With one worker nothing is forked. With more, all that can be wrong (files, addresses) is found out
-by the supervisor before the first fork; TLS context and listening sockets are made once, for all.
+by the supervisor before the first fork; listening sockets are made once, for all. Each worker looks
+for new files and rules by itself.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
+import select
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import trio
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, SettingsError
 from gateway.places import Places
-from gateway.server import (
-    Part,
-    Server,
-    allow_descriptors,
-    make_context,
-    open_listeners,
-    uris,
-)
+from gateway.reload import Reread
+from gateway.server import Part, Server, allow_descriptors, open_listeners, uris
 from gateway.settings import Settings
-from gateway.workers import CUT, Post, WorkerLog, Workers
+from gateway.trust import Trust, load_trust
+from gateway.workers import CUT, RELOAD, Post, WorkerLog, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +30,16 @@ Say = Callable[[str], None]
 """What is done with each NBD URI, once clients are served. BrokenPipeError ends the gateway."""
 
 
-def run_gateway(settings: Settings, say: Say) -> bool:
+def run_gateway(settings: Settings, say: Say, reread: Reread | None = None) -> bool:
     """Serve until SIGTERM or SIGINT. Returns whether all sessions came to their own end then.
 
+    On SIGHUP, and when they have changed, the files are loaded anew, and the rules that `reread`
+    gives.
     Raises SettingsError and ListenError, with several workers before any of them is there.
     """
     if len(settings.shares) > 1:
-        return _serve_with_workers(settings, say)
-    server = Server(settings)
+        return _serve_with_workers(settings, say, reread)
+    server = Server(settings, reread=reread)
     _announce(settings)
     return trio.run(_run, server, say)
 
@@ -54,16 +54,25 @@ async def _run(server: Server, say: Say) -> bool:
     async def run(task_status: trio.TaskStatus[list[str]]) -> None:
         nonlocal drained
         drained = await server.run(task_status=task_status)
+        nursery.cancel_scope.cancel()
 
     failure: Exception | None = None
     try:
-        async with trio.open_nursery() as nursery:
-            _say_all(await nursery.start(run), say)
+        with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_reload_on, hangups, server)
+                _say_all(await nursery.start(run), say)
     except* (GatewayError, BrokenPipeError) as group:
         failure = _first(group)
     if failure is not None:
         raise failure
     return drained
+
+
+async def _reload_on(hangups: AsyncIterator[int], server: Server) -> None:
+    async for _ in hangups:
+        logger.info("SIGHUP: reloading")
+        server.reload()
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:
@@ -74,21 +83,89 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
 # -- in workers
 
 
-def _serve_with_workers(settings: Settings, say: Say) -> bool:
-    context = make_context(settings)
+class _InUse:
+    """What the workers tell each other, in memory that they share: the digest of the set that was
+    loaded last, and whether there has been a CRL."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._memory = mmap.mmap(-1, len(trust.digest) + 1)
+        self._size = len(trust.digest)
+        self.put(trust)
+
+    def put(self, trust: Trust) -> None:
+        """A worker has loaded this one. Half of it from one and half from another is no digest."""
+        self._memory[: self._size] = trust.digest
+        if trust.crls:
+            self._memory[self._size] = 1
+
+    def still_is(self, trust: Trust) -> bool:
+        """Whether nothing newer has been loaded."""
+        return self._memory[: self._size] == trust.digest
+
+    @property
+    def had_crls(self) -> bool:
+        return bool(self._memory[self._size])
+
+
+def _serve_with_workers(settings: Settings, say: Say, reread: Reread | None) -> bool:
+    trust = load_trust(settings)
+    in_use = _InUse(trust)
     _announce(settings)
     allow_descriptors(settings)
     with open_listeners(settings) as listeners:
-        listening = uris(settings, listeners)
+        listening = uris(settings, listeners, trust)
 
         def work(post: Post) -> bool:
-            server = Server(settings, Part(context, listeners.shared(), post))
-            return trio.run(_work, server, post)
+            now: Trust | None = trust
+            if post.number > len(settings.shares):
+                now = _load_again(settings, reread, trust, in_use, post)
+            if now is None:
+                return True
+            part = Part(now, listeners.shared(), post, in_use.put)
+            return trio.run(_work, Server(settings, part, reread=reread), post)
 
         shares = settings.shares
         logger.info("%d workers, %d clients each at most", len(shares), shares[0])
         workers = Workers(Places(shares), work, drain_timeout_s=settings.drain_timeout_s)
         return workers.run(up=lambda: _say_all(listening, say), ending=listeners.close)
+
+
+def _load_again(
+    settings: Settings, reread: Reread | None, first: Trust, in_use: _InUse, post: Post
+) -> Trust | None:
+    """The set for a worker that takes another's place; None: it is to end before it has one.
+
+    With files that cannot be used it takes the `first` set, which the supervisor has; but if the
+    others have gone on to a later one, nobody enters here until the files are good: what was
+    revoked since then would be good again.
+    """
+    log, said = WorkerLog(logger, post.number), ""
+    while True:
+        try:
+            trust = load_trust(settings if reread is None else reread(), None, first)
+            if in_use.had_crls and not trust.crls:
+                raise SettingsError("--crl is gone, and with it what was revoked")
+        except SettingsError as wrong:
+            if in_use.still_is(first):
+                log.error("the files cannot be used, those of the start serve on: %s", wrong)
+                return first
+            if str(wrong) != said:
+                log.error("the files cannot be used, and nobody enters here until then: %s", wrong)
+            said = str(wrong)
+            if _waits_for_order(post, settings.reload_interval_s):
+                return None
+        else:
+            in_use.put(trust)
+            return trust
+
+
+def _waits_for_order(post: Post, seconds: float) -> bool:
+    """Whether it is to end. Returns for RELOAD, and after some seconds too, if they are not 0."""
+    queue = select.poll()
+    queue.register(post.orders, select.POLLIN)
+    if not queue.poll(seconds * 1000 or None):
+        return False
+    return os.read(post.orders, 1) != RELOAD
 
 
 async def _work(server: Server, post: Post) -> bool:
@@ -117,6 +194,9 @@ async def _obey(server: Server, post: Post, log: WorkerLog) -> None:
     while True:
         await trio.lowlevel.wait_readable(post.orders)
         order = os.read(post.orders, 1)
+        if order == RELOAD:
+            server.reload()
+            continue
         if order == CUT:
             server.cut()
             continue
@@ -140,6 +220,9 @@ def _announce(settings: Settings) -> None:
     tls = settings.tls
     if tls is None:
         logger.warning("TLS is off: whoever reaches the listener may open the export")
+        return
+    if tls.psk is not None:
+        logger.info("clients need a pre-shared key out of %s", tls.psk)
         return
     logger.info("certificate %s, key %s", tls.cert, tls.key)
     if tls.client_ca is None:

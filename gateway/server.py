@@ -9,16 +9,19 @@ import resource
 import select
 import signal
 import socket
-import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from gateway.errors import Refusal, SessionEnd
+from gateway.identity import Identity
 from gateway.listeners import Listeners
+from gateway.reload import Reloader, Reread
 from gateway.session import Session
 from gateway.settings import Settings
-from gateway.tls import server_context, server_names
+from gateway.trust import Keeper, Trust, load_trust
 from gateway.workers import Post, WorkerLog
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ _OTHERS_FIRST_S: Final = (0.001, 0.002, 0.003, 0.004)
 # How long a client without TLS is safe from being put out when all slots are taken; a handshake
 # takes five round trips at most.
 _UNPROVEN_S: Final = 1.5
+_RECHECKED: Final = 64  # sessions after a reload, between two turns of the others
 _BACK_OFF_S: Final = (0.005, 1.0)  # first and longest wait after an accept that failed
 # Out of descriptors or memory: it may get better. Everything else about a listener is a bug.
 _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -54,32 +58,47 @@ _GONE = frozenset(
 class Part:
     """A worker's part of the gateway: what was made for all of them, and its own post."""
 
-    context: ssl.SSLContext | None
+    trust: Trust
     listeners: Listeners
     post: Post
+    in_use: Callable[[Trust], None] = lambda _: None  # told of each new set
+
+
+class _Elsewhere(Trust):
+    """The set, for a client at an address that it keeps out."""
+
+    def objection(self, identity: Identity) -> Refusal | None:
+        return Refusal.ADDRESS_NOT_ALLOWED
 
 
 class Server:
     """Serves clients until it is told to end. `run` it once."""
 
-    def __init__(self, settings: Settings, part: Part | None = None) -> None:
-        """With a `part` this is one of several workers, and obeys no signals by itself.
+    def __init__(
+        self, settings: Settings, part: Part | None = None, *, reread: Reread | None = None
+    ) -> None:
+        """With a `part` this is one of several workers, and obeys no signals by itself. `reread`
+        gives the settings for a reload.
 
         Raises SettingsError for files that cannot be used.
         """
         self._settings = settings
         self._part = part
         self._place = None if part is None else part.post.place
-        self._context = make_context(settings) if part is None else part.context
+        self._keeper = Keeper(load_trust(settings) if part is None else part.trust)
         self._log = logger if part is None else WorkerLog(logger, part.post.number)
         limit = settings.max_connections if self._place is None else self._place.limit
         self._slots = trio.Semaphore(limit)
-        self._sessions: dict[Session, None] = {}  # a set in the order of their beginning
+        # In the order of their beginning, each with its client's IP address.
+        self._sessions: dict[Session, str | None] = {}
         self._clients = 0  # accepted and not yet closed
         self._count = 0
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
         self._has_cut = False
+        self._reloader = Reloader(
+            settings, self._keeper, self._recheck, reread=reread, log=self._log
+        )
 
     async def run(
         self,
@@ -102,6 +121,7 @@ class Server:
         else:
             listeners = self._part.listeners
         async with trio.open_nursery() as signals:
+            signals.start_soon(self._reloader.run)
             with self._serving:
                 async with trio.open_nursery() as sessions:
                     with listeners, self._accepting:
@@ -111,7 +131,9 @@ class Server:
                             if handle_signals:
                                 await signals.start(self._end_on_signal)
                             task_status.started(
-                                uris(settings, listeners) if self._part is None else []
+                                uris(settings, listeners, self._keeper.trust)
+                                if self._part is None
+                                else []
                             )
                     if self._place is not None:
                         self._place.close()
@@ -132,6 +154,15 @@ class Server:
     def cut(self) -> None:
         """End now, whatever is in flight."""
         self._serving.cancel()
+
+    def reload(self) -> None:
+        """Begin to read files and rules anew. What is wrong with them is logged."""
+        self._reloader.ask()
+
+    @property
+    def trust(self) -> Trust:
+        """What new clients are measured by."""
+        return self._keeper.trust
 
     # -- accepting
 
@@ -157,8 +188,31 @@ class Server:
                 back_off_s = min(2 * back_off_s, longest_s)
                 continue
             back_off_s = _BACK_OFF_S[0]
+            self._count += 1
+            if not self._admits(sock, address):
+                self._slots.release()
+                continue
             self._add_client(1)
-            sessions.start_soon(self._serve, sock, address)
+            sessions.start_soon(self._serve, sock, address, self._name())
+
+    def _admits(self, sock: socket.socket, address: object) -> bool:
+        """Whether a client of this address is listened to; else it is closed without a word."""
+        host = _host(sock, address)
+        if host is None or self._keeper.trust.rules.admits(host):
+            return True
+        logger.info(
+            "[%s] %s: closed: %s (%s: by --allow-from or --deny-from); 0 bytes in, 0 out, 0.0 s",
+            self._name(),
+            _peer(sock, address),
+            SessionEnd.NOT_ALLOWED,
+            Refusal.ADDRESS_NOT_ALLOWED,
+        )
+        sock.close()
+        return False
+
+    def _name(self) -> str:
+        """Of the session that was accepted last."""
+        return str(self._count) if self._part is None else f"{self._part.post.number}.{self._count}"
 
     async def _is_ours(self, listener: socket.socket) -> bool:
         """Leave a client to a worker that has fewer, for a while. False: it has been taken."""
@@ -198,13 +252,9 @@ class Server:
 
     # -- one client
 
-    async def _serve(self, sock: socket.socket, address: object) -> None:
-        self._count += 1
-        name = str(self._count)
-        if self._part is not None:
-            name = f"{self._part.post.number}.{name}"
-        session = Session(sock, _peer(sock, address), name, self._settings, self._context)
-        self._sessions[session] = None
+    async def _serve(self, sock: socket.socket, address: object, name: str) -> None:
+        session = Session(sock, _peer(sock, address), name, self._settings, self._keeper)
+        self._sessions[session] = _host(sock, address)
         try:
             await session.run()
         except BaseException:  # one trio.Cancelled or a group of them: it raises nothing else
@@ -214,6 +264,27 @@ class Server:
             del self._sessions[session]
             self._slots.release()
             self._add_client(-1)
+
+    # -- another set
+
+    async def _recheck(self, trust: Trust) -> None:
+        """Ask each session whether its client may stay. Those that come meanwhile are measured by
+        this set already."""
+        if self._part is not None:
+            self._part.in_use(trust)
+        elsewhere = _Elsewhere(trust.context, trust.rules)
+        keep = self._settings.on_revoke == "keep"
+        for number, (session, host) in enumerate(list(self._sessions.items()), 1):
+            try:
+                admitted = host is None or trust.rules.admits(host)
+                session.recheck(trust if admitted else elsewhere, keep=keep)
+                if not admitted and session.unproven_s:
+                    session.evict()
+            except Exception:  # of one client we know nothing then
+                self._log.exception("bug: a client cannot be measured by the new set: ending it")
+                session.evict()
+            if number % _RECHECKED == 0:
+                await trio.lowlevel.checkpoint()
 
     # -- the end
 
@@ -231,20 +302,14 @@ class Server:
                 self.drain()
 
 
-def make_context(settings: Settings) -> ssl.SSLContext | None:
-    """The TLS context for all clients, if there is to be one. Raises SettingsError."""
-    return None if settings.tls is None else server_context(settings.tls)
-
-
 def open_listeners(settings: Settings) -> Listeners:
     """Raises ListenError, and SettingsError for an address that `--tls off` forbids."""
     return Listeners.open(settings.listen, local_only=settings.tls is None, environ=os.environ)
 
 
-def uris(settings: Settings, listeners: Listeners) -> list[str]:
+def uris(settings: Settings, listeners: Listeners, trust: Trust) -> list[str]:
     """One NBD URI per address that is listened on."""
-    names = [] if settings.tls is None else server_names(settings.tls.cert)
-    return listeners.uris(settings.export or "", names, tls=settings.tls is not None)
+    return listeners.uris(settings.export or "", trust.names, tls=settings.tls is not None)
 
 
 def allow_descriptors(settings: Settings) -> None:
@@ -276,6 +341,14 @@ def _has_client(listener: socket.socket) -> bool:
     queue = select.poll()
     queue.register(listener, select.POLLIN)
     return bool(queue.poll(0))
+
+
+def _host(sock: socket.socket, address: object) -> str | None:
+    """The client's IP address; None on a Unix socket."""
+    if sock.family == socket.AF_UNIX:
+        return None
+    assert isinstance(address, tuple)
+    return str(address[0])
 
 
 def _peer(sock: socket.socket, address: object) -> str:

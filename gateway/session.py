@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import ssl
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 import trio
 
-from gateway.access import Identity
-from gateway.errors import ChannelClosed, PeerError, SessionEnd, TLSRefused
+from gateway.admission import Admission, proven_by_kernel
+from gateway.errors import ChannelClosed, PeerError, Refusal, SessionEnd, TLSRefused
+from gateway.identity import Identity
 from gateway.nbd.haggling import Haggling
 from gateway.nbd.negotiation import (
     Ask,
+    Barred,
     Close,
     Effect,
     EnterTransmission,
@@ -24,6 +26,7 @@ from gateway.nbd.negotiation import (
     PlainHaggling,
     Send,
     StartTLS,
+    joined,
 )
 from gateway.nbd.oldstyle import OldstyleHaggling
 from gateway.nbd.pairing import Question, Terms
@@ -31,8 +34,9 @@ from gateway.nbd.policy import ExportPolicy
 from gateway.nbd.transmission import Transmission
 from gateway.relay import Relay
 from gateway.settings import Settings
-from gateway.tls import LEFT, identity, refusal
+from gateway.tls import LEFT, refusal
 from gateway.transport import Channel
+from gateway.trust import Keeper, Trust
 from gateway.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -59,9 +63,9 @@ class SessionLog(logging.LoggerAdapter[logging.Logger]):
 class _Ended(Exception):
     """The session is over, in a way that is no failure of anybody."""
 
-    def __init__(self, end: SessionEnd, detail: str = "") -> None:
-        super().__init__(end, detail)
-        self.end, self.detail = end, detail
+    def __init__(self, end: SessionEnd) -> None:
+        super().__init__(end)
+        self.end = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,53 +79,56 @@ class _Agreed:
 class Session:
     """One client. `run` it once; it closes the socket and never raises but for cancellation.
 
-    `name` is for the log. `context` None is NOTLS mode (proto.md, "NOTLS mode"), for loopback and
-    Unix sockets. In transmission, which may last for months, it holds on to nothing of the
-    negotiation.
+    `name` is for the log. Who may enter is what the keeper's set says at that moment; without a
+    context in it this is NOTLS mode (proto.md, "NOTLS mode"), for loopback and Unix sockets.
+    In transmission, which may last for months, it holds on to nothing of the negotiation but who
+    the client is and what it has opened.
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        peer: str,
-        name: str,
-        settings: Settings,
-        context: ssl.SSLContext | None,
+        self, sock: socket.socket, peer: str, name: str, settings: Settings, keeper: Keeper
     ) -> None:
         self._log = SessionLog(name, peer)
         self._settings = settings
-        self._context = context
+        self._keeper = keeper
+        self._tls = keeper.trust.context is not None
         self._channel = Channel(sock)
         self._upstream: Channel | None = None  # in transmission
-        self._machine: PlainHaggling | Haggling | OldstyleHaggling | None = None
+        self._machine: PlainHaggling | Haggling | Barred | OldstyleHaggling | None = None
         self._relay: Relay | None = None
-        self._identity: Identity | None = None
+        self._admission = Admission(settings)
         self._tls_words = "no TLS"
         self._shutting_down = False
-        self._negotiation = trio.CancelScope()
         self._evicted = False
+        self._objection = ""  # to the client's being here any longer
         self._started = trio.current_time()
+        deadline = self._started + settings.handshake_timeout_s
+        self._scope = trio.CancelScope(deadline=deadline)  # until the end, the deadline until GO
         _tune(sock)
 
     async def run(self) -> None:
         """Serve the client to its end. Cancelled: everything is closed in CLOSE_TIMEOUT_S."""
         end, detail = SessionEnd.SHUTDOWN, ""
         try:
-            agreed = await self._negotiate_in_time()
-            relay = self._relay = self._enter_transmission(agreed)
-            end = await relay.run(agreed.rest)
-            detail = relay.detail
+            with self._scope:
+                agreed = await self._negotiate()
+                self._scope.deadline = math.inf
+                relay = self._relay = self._enter_transmission(agreed)
+                end = await relay.run(agreed.rest)
+                detail = relay.detail
+            if self._scope.cancelled_caught:
+                end = self._cut_short()
+                detail = self._detail(end)
         except _Ended as over:
-            end, detail = over.end, over.detail
+            end, detail = over.end, self._detail(over.end)
         except TLSRefused as refused:
             end, detail = SessionEnd.TLS_FAILED, f"{refused.reason}: {refused}"
         except PeerError as fault:
             end, detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
         except ChannelClosed as closed:
-            if self._channel.bytes_read == 0 and self._machine is None:
-                end = SessionEnd.PROBE  # gone with our greeting unread, which makes it a reset
-            else:  # perhaps behind a refusal: clients need not wait for the answer to an ABORT
-                end, detail = SessionEnd.CLIENT_LEFT, self._refused() or str(closed)
+            # Perhaps behind a refusal: clients need not wait for the answer to an ABORT.
+            end = self._left()
+            detail = self._detail(end) or str(closed)
         except Exception:  # a bug costs this client only
             end = SessionEnd.BUG
             self._log.exception("bug: dropping this client only")
@@ -149,64 +156,80 @@ class Session:
         elif self._machine is not None:
             self._machine.shutdown()
             if isinstance(self._machine, OldstyleHaggling):
-                self._negotiation.cancel()  # there is no word to say, so none to wait for
+                self._scope.cancel()  # there is no word to say, so none to wait for
+
+    def recheck(self, trust: Trust, *, keep: bool) -> None:
+        """End this session if its client could not do by this set what it may do now.
+
+        For who is not known yet there is nothing to do: it will be measured by the keeper's set.
+        With `keep`, what is open stays open; what is still negotiated does not.
+        """
+        objection = self._admission.objection(trust)
+        if not objection:
+            return
+        if keep and self._admission.opened is not None:
+            self._log.info("stays, though no longer allowed (%s)", objection)
+            return
+        self.expel(objection)
+
+    def expel(self, objection: str) -> None:
+        """End it now, whatever it is at. `objection` is for the log: a `Refusal`, and words.
+
+        The relay keeps its writers across the cut, so nothing follows half a message.
+        """
+        self._objection = objection
+        self._scope.cancel()
 
     @property
     def unproven_s(self) -> float:
-        """For how many seconds this client has not proved anything; 0 once TLS is up or `evict`
-        was called."""
+        """For how many seconds this client has been here without a right to; 0 once it has proved
+        that it may open something, or `evict` was called."""
+        barred = isinstance(self._machine, Barred)
         proven = isinstance(self._machine, Haggling) or self._relay is not None
-        if self._context is None or proven or self._evicted:
+        if self._evicted or (not barred and (proven or not self._tls)):
             return 0.0
         return trio.current_time() - self._started
 
     def evict(self) -> None:
         """End a session that is `unproven_s`, to make room."""
         self._evicted = True
-        self._negotiation.cancel()
+        self._scope.cancel()
 
     # -- the order of things
 
-    async def _negotiate_in_time(self) -> _Agreed:
-        self._negotiation.deadline = self._started + self._settings.handshake_timeout_s
-        with self._negotiation:
-            return await self._negotiate()
-        if not isinstance(self._machine, Haggling):
-            self._channel.close()  # before TLS there is no end to be polite about
-        if isinstance(self._machine, OldstyleHaggling) and self._shutting_down:
-            raise _Ended(SessionEnd.SHUTDOWN)
-        raise _Ended(SessionEnd.TIMEOUT, "others wait for its place" if self._evicted else "")
-
     async def _negotiate(self) -> _Agreed:
-        settings = self._settings
-        policy = ExportPolicy(settings.export, settings.read_only, settings.upgrades)
-        if settings.oldstyle:
+        if self._settings.oldstyle:
+            policy = self._admit(Identity())
+            if policy is None:
+                raise _Ended(SessionEnd.NOT_ALLOWED)
             oldstyle = self._machine = OldstyleHaggling(policy)
             if self._shutting_down:
                 oldstyle.shutdown()
-            return await self._haggle(oldstyle, oldstyle.begin())
-        greeting = Greeting(tls_required=self._context is not None)
+            return await self._haggle(oldstyle, oldstyle.begin(), policy)
+        greeting = Greeting(tls_required=self._tls)
         await self._channel.send_all(greeting.hello())
         greeted = await self._greet(greeting)
-        rest = greeting.rest()
-        if self._context is not None:
+        rest, identity = greeting.rest(), Identity()
+        if self._tls:
             await self._haggle_in_plaintext(rest)
-            rest = b""
-            await self._start_tls(self._context)
-        haggling = self._machine = Haggling(
-            policy, tls=self._context is not None, no_zeroes=greeted.no_zeroes
-        )
+            rest, identity = b"", await self._start_tls()
+        # Here nobody has been asked, dialled or looked up yet.
+        policy = self._admit(identity)
+        if policy is None:
+            await self._turn_away(rest)
+        haggling = self._machine = Haggling(policy, tls=self._tls, no_zeroes=greeted.no_zeroes)
         if self._shutting_down:
             haggling.shutdown()
-        return await self._haggle(haggling, haggling.receive(rest))
+        return await self._haggle(haggling, haggling.receive(rest), policy)
+
+    def _admit(self, identity: Identity) -> ExportPolicy | None:
+        """What this client may open by the rules as they are now; None: nothing."""
+        identity = proven_by_kernel(self._channel.socket, identity)
+        return self._admission.admit(identity, self._keeper.trust.rules)
 
     async def _greet(self, greeting: Greeting) -> Greeted:
         while True:
-            data = await self._channel.receive(_RECEIVE)
-            if not data:
-                left = self._channel.bytes_read
-                raise _Ended(SessionEnd.CLIENT_LEFT if left else SessionEnd.PROBE)
-            for effect in greeting.receive(data):
+            for effect in greeting.receive(await self._receive()):
                 assert isinstance(effect, Greeted)
                 return effect
 
@@ -216,32 +239,63 @@ class Session:
             machine.shutdown()
         data = rest
         while True:
-            for effect in _joined(machine.receive(data)):
+            for effect in joined(machine.receive(data)):
                 if isinstance(effect, StartTLS):
                     return
                 await self._act(effect)
-            data = await self._channel.receive(_RECEIVE)
-            if not data:
-                left = machine.end is SessionEnd.ABORTED
-                raise _Ended(SessionEnd.CLIENT_LEFT if left else machine.end)
+            data = await self._receive()
 
-    async def _start_tls(self, context: ssl.SSLContext) -> None:
+    async def _start_tls(self) -> Identity:
+        """Shake hands. Raises TLSRefused."""
+        await self._await_hello()
+        trust = self._keeper.trust
+        assert trust.context is not None, "TLS cannot be switched off by a reload"
         try:
-            self._channel = channel = await self._channel.start_tls(context)
+            self._channel = channel = await self._channel.start_tls(trust.context)
         except ssl.SSLError as error:
             raise refusal(error) from None
         except ChannelClosed:
-            raise TLSRefused("eof", LEFT) from None
-        self._identity = identity(channel.tls)
+            raise TLSRefused(Refusal.EOF, LEFT) from None
+        identity = trust.identify(channel.tls)
         cipher = channel.tls.cipher()
         self._tls_words = f"{channel.tls.version()} {cipher[0] if cipher else ''}"
+        if self._keeper.trust is not trust:  # replaced meanwhile, and nobody asked about this one
+            objection = self._keeper.trust.objection(identity)
+            if objection not in (None, Refusal.NOT_ALLOWED):  # that is for the rules to say
+                raise TLSRefused(objection, f"{identity}, by what was loaded during its handshake")
+        return identity
 
-    async def _haggle(self, machine: Haggling | OldstyleHaggling, effects: list[Effect]) -> _Agreed:
+    async def _await_hello(self) -> None:
+        """Who leaves behind NBD_OPT_STARTTLS has not even tried TLS."""
+        await self._channel.readable()
+        try:
+            left = not self._channel.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            left = False
+        except OSError:
+            left = True
+        if left:
+            raise TLSRefused(Refusal.EOF_BEFORE_HELLO, "it left before it began TLS")
+
+    async def _turn_away(self, rest: bytes) -> NoReturn:
+        """Tell a client, as often as it asks, that there is nothing for it here."""
+        barred = self._machine = Barred(self._admission.barred)
+        if self._shutting_down:
+            barred.shutdown()
+        data = rest
+        while True:
+            for effect in joined(barred.receive(data)):
+                await self._act(effect)
+            data = await self._receive()
+
+    async def _haggle(
+        self, machine: Haggling | OldstyleHaggling, effects: list[Effect], policy: ExportPolicy
+    ) -> _Agreed:
         settings = self._settings
         upstream = Upstream(
             settings.socket,
             self._log,
-            oldstyle_name=settings.export or "",
+            oldstyle_name=policy.name or "",
             timeout_s=settings.handshake_timeout_s / 2,
         )
         try:
@@ -258,7 +312,7 @@ class Session:
     ) -> Terms:
         while True:
             question: Question | None = None
-            for effect in _joined(effects):
+            for effect in joined(effects):
                 match effect:
                     case Ask(question):
                         pass  # always the last one: what else there is depends on the answer
@@ -270,23 +324,24 @@ class Session:
                 effects = machine.answer(await upstream.ask(question))
                 continue
             assert isinstance(machine, Haggling)
-            data = await self._channel.receive(_RECEIVE)
-            if not data:
-                raise _Ended(SessionEnd.CLIENT_LEFT, machine.refused)
+            data = await self._receive()
             effects = machine.receive(data)
+
+    async def _receive(self) -> bytes:
+        """At least a byte. Raises _Ended and ChannelClosed."""
+        data = await self._channel.receive(_RECEIVE)
+        if not data:
+            raise _Ended(self._left())
+        return data
 
     async def _act(self, effect: Effect) -> None:
         match effect:
             case Send(data):
                 await self._channel.send_all(data)
             case Close(reason):
-                raise _Ended(reason, self._refused())
+                raise _Ended(reason)
             case _:
                 raise AssertionError(effect)
-
-    def _refused(self) -> str:
-        machine = self._machine
-        return machine.refused if isinstance(machine, Haggling | OldstyleHaggling) else ""
 
     def _enter_transmission(self, agreed: _Agreed) -> Relay:
         assert self._upstream is not None
@@ -297,13 +352,63 @@ class Session:
             terms.export[:80],
             terms.size,
             "read-only" if terms.read_only else "read-write",
-            self._identity or "anonymous",
+            self._admission.identity,
             self._tls_words,
         )
-        self._identity, self._tls_words = None, ""
+        self._admission.open(terms.export, read_only=terms.read_only)
+        self._tls_words = ""
         if self._shutting_down:
             relay.shutdown()
         return relay
+
+    # -- the end
+
+    def _left(self) -> SessionEnd:
+        """What it means if the client is gone now."""
+        match self._machine:
+            case None if not self._channel.bytes_read:
+                return SessionEnd.PROBE  # with our greeting unread it is a reset
+            case Barred():
+                return SessionEnd.NOT_ALLOWED
+            case PlainHaggling(end=SessionEnd.PLAINTEXT_CLIENT):
+                return SessionEnd.PLAINTEXT_CLIENT
+            case _:
+                return SessionEnd.CLIENT_LEFT
+
+    def _cut_short(self) -> SessionEnd:
+        """What it means that the scope was cancelled."""
+        if self._objection:
+            return SessionEnd.EXPELLED
+        known = isinstance(self._machine, Haggling | Barred)
+        if self._evicted or not known:
+            self._channel.close()  # before TLS there is no end to be polite about
+        if isinstance(self._machine, Barred):
+            return SessionEnd.NOT_ALLOWED
+        if isinstance(self._machine, OldstyleHaggling) and self._shutting_down:
+            return SessionEnd.SHUTDOWN
+        return SessionEnd.TIMEOUT
+
+    def _detail(self, end: SessionEnd) -> str:
+        """For the log. Of a client that did not get in: a `Refusal`, and words."""
+        machine, seconds = self._machine, self._settings.handshake_timeout_s
+        before_tls = self._tls and (machine is None or isinstance(machine, PlainHaggling))
+        match end:
+            case SessionEnd.PROBE:
+                return f"{Refusal.PROBE}: it sent nothing"
+            case SessionEnd.PLAINTEXT_CLIENT:
+                return f"{Refusal.PLAINTEXT_CLIENT}: it asked for an export without TLS"
+            case SessionEnd.CLIENT_LEFT if before_tls:
+                return f"{Refusal.EOF_BEFORE_HELLO}: it left before it asked for TLS"
+            case SessionEnd.TIMEOUT if self._evicted:
+                return f"{Refusal.TIMEOUT}: others wait for its place"
+            case SessionEnd.TIMEOUT:
+                return f"{Refusal.TIMEOUT}: it opened no export within {seconds:g} s"
+            case SessionEnd.NOT_ALLOWED:
+                return f"{Refusal.NOT_ALLOWED}: {self._admission.barred}"
+            case SessionEnd.EXPELLED:
+                return self._objection
+            case _:
+                return machine.refused if isinstance(machine, Haggling | OldstyleHaggling) else ""
 
     async def _close_client(self) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
@@ -321,21 +426,6 @@ class Session:
             self._channel.bytes_written,
             seconds,
         )
-
-
-def _joined(effects: list[Effect]) -> Iterator[Effect]:
-    """The same, with neighbouring `Send`s in one: each costs a system call and a TLS record."""
-    words: list[bytes] = []
-    for effect in effects:
-        if isinstance(effect, Send):
-            words.append(effect.data)
-            continue
-        if words:
-            yield Send(b"".join(words))
-            words.clear()
-        yield effect
-    if words:
-        yield Send(b"".join(words))
 
 
 def _tune(sock: socket.socket) -> None:

@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 
 DRAIN: Final = b"d"  # orders, one byte each
 CUT: Final = b"c"
+RELOAD: Final = b"r"
 DRAINED, CUT_SHORT, _BUG = 0, 1, 70  # exit codes of a worker
 
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 # First and longest wait before a worker is replaced that died young: younger than the longest.
 _BACK_OFF_S: Final = (0.1, 10.0)
 _GRACE_S: Final = 10.0  # beyond the drain, for sessions that are cut, before a worker is killed
@@ -56,7 +57,7 @@ class Post:
     """What a new worker process is given.
 
     `number` is given once only: who replaces worker 2 of 2 is worker 3. `orders` is the read end of
-    the pipe: DRAIN, CUT, or the end of the pipe, which means DRAIN.
+    the pipe: DRAIN, CUT, RELOAD, or the end of the pipe, which means DRAIN.
     """
 
     number: int
@@ -83,7 +84,8 @@ class _Worker:
         return f"worker {self.number} (process {self.pid})"
 
     def tell(self, order: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has just ended
+        # It has just ended, or has not looked at thousands of orders: it will be killed.
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
             os.write(self.orders, order)
 
 
@@ -112,7 +114,8 @@ class Workers:
         """Returns whether all workers ended by themselves with nothing cut.
 
         `up` is called when all workers take clients, `ending` before they are told to drain. A
-        second signal cuts. The signals stay blocked: all that follows is the end of the process.
+        second signal cuts. SIGHUP is passed on as RELOAD. The signals stay blocked: all that
+        follows is the end of the process.
         """
         _take_signals()
         gc.collect()
@@ -121,7 +124,10 @@ class Workers:
         while self._live or not self._ending:
             self._start_those_due()
             came = signal.sigtimedwait(_SIGNALS, self._timeout_s(is_up))
-            if came is not None and came.si_signo != signal.SIGCHLD:
+            if came is not None and came.si_signo == signal.SIGHUP:
+                logger.info("SIGHUP: reloading")
+                self._tell_all(RELOAD)
+            elif came is not None and came.si_signo != signal.SIGCHLD:
                 self._end(signal.Signals(came.si_signo), ending)
             self._reap()
             if time.monotonic() >= self._deadline:
@@ -153,6 +159,7 @@ class Workers:
     def _start(self, index: int) -> None:
         number = self._started + 1
         reader, writer = os.pipe()
+        os.set_blocking(writer, False)  # nobody is waited for here
         try:
             pid = os.fork()
         except OSError:
@@ -172,7 +179,8 @@ class Workers:
         try:
             for other in (writer, *(worker.orders for worker in self._live.values())):
                 os.close(other)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # Ctrl-C, and a reload, are the supervisor's
             # Not ignored, which would drop what is pending. Late ones, at the end, do no harm.
             signal.signal(signal.SIGTERM, lambda *_: None)
             code = DRAINED if self._work(post) else CUT_SHORT
@@ -225,6 +233,9 @@ class Workers:
             ending()
             order, patience_s = DRAIN, self._drain_timeout_s
         self._deadline = min(self._deadline, time.monotonic() + patience_s + _GRACE_S)
+        self._tell_all(order)
+
+    def _tell_all(self, order: bytes) -> None:
         for worker in self._live.values():
             worker.tell(order)
 

@@ -70,6 +70,12 @@ def folder(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.pem").write_text(
         "-----BEGIN CERTIFICATE-----\nTm90IGEgY2VydGlmaWNhdGU=\n-----END CERTIFICATE-----\n"
     )
+    (folder / "good.toml").write_text(
+        '[[export]]\nname = "disk"\nread-write = ["cn=vm1"]\n[[export]]\nname = "public"\n'
+    )
+    (folder / "wrong.toml").write_text(
+        '[[export]]\nname = "a"\n[[export]]\nname = "b"\nread_only = ["cn=vm1"]\n'
+    )
     for missing in ("server-cert.pem", "server-key.pem", "ca-cert.pem"):
         shutil.copytree(pki, folder / f"no-{missing}")
         (folder / f"no-{missing}" / missing).unlink()

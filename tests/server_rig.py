@@ -39,7 +39,8 @@ def fake(tmp_path: Path) -> Iterator[FakeUpstream]:
 @pytest.fixture
 def settings(fake: FakeUpstream, pki: Path) -> Settings:
     files = TLSSettings(pki / "server-cert.pem", pki / "server-key.pem", pki / "ca-cert.pem")
-    return Settings(str(fake.path), files, (ListenTCP("127.0.0.1", 0),))
+    # No timer: a clock that jumps would have nothing to wait for but that one.
+    return Settings(str(fake.path), files, (ListenTCP("127.0.0.1", 0),), reload_interval_s=0)
 
 
 class Running:

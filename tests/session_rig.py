@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import socket
@@ -14,10 +15,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from gateway.access import Rule, Rules
 from gateway.errors import SessionEnd
 from gateway.session import Session
 from gateway.settings import Settings, TLSSettings
 from gateway.tls import server_context
+from gateway.trust import Keeper, Trust
 from tests.support.fake_upstream import FakeUpstream, pattern
 from tests.support.rawclient import (
     C_FIXED,
@@ -41,6 +44,10 @@ async def in_thread(function: Callable[..., T], *args: object) -> T:
     return await trio.to_thread.run_sync(function, *args)
 
 
+def rules(*texts: str) -> tuple[Rule, ...]:
+    return tuple(Rule.parse("--allow", text) for text in texts)
+
+
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[FakeUpstream]:
     with FakeUpstream(tmp_path / "up") as fake:
@@ -57,17 +64,27 @@ def context(pki: Path) -> ssl.SSLContext:
 class Front:
     """Accepts, and gives each client a session. What a server does, without its slots."""
 
-    def __init__(self, settings: Settings, context: ssl.SSLContext | None, pki: Path) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        context: ssl.SSLContext | None,
+        pki: Path,
+        unix: Path | None = None,
+    ) -> None:
         self.settings = settings
-        self.context = context
+        self.keeper = Keeper(Trust(context, Rules()))
         self.sessions: list[Session] = []
         self.scope = trio.CancelScope()
         self._pki = pki
         self._running: list[trio.Event] = []
         self.clients: list[RawClient] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        if unix is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self._uri = f"nbds://127.0.0.1:{self._listener.getsockname()[1]}/"
+        else:
+            self._listener = socket.create_server(str(unix), family=socket.AF_UNIX)
+            self._uri = f"nbds+unix:///?socket={unix}"
         self._listener.setblocking(False)
-        self._uri = f"nbds://127.0.0.1:{self._listener.getsockname()[1]}/"
 
     async def serve(self) -> None:
         with self.scope:
@@ -80,8 +97,8 @@ class Front:
                 sock, address = self._listener.accept()
                 ended = trio.Event()
                 number = len(self.sessions) + 1
-                peer = f"{address[0]}:{address[1]}"
-                session = Session(sock, peer, str(number), self.settings, self.context)
+                peer = f"{address[0]}:{address[1]}" if address else "unix"
+                session = Session(sock, peer, str(number), self.settings, self.keeper)
                 self.sessions.append(session)
                 self._running.append(ended)
                 nursery.start_soon(self._run, session, ended)
@@ -94,6 +111,24 @@ class Front:
 
     def close(self) -> None:
         self._listener.close()
+
+    # Whom it trusts, from the next client on
+
+    def switch_tls_off(self) -> None:
+        self.keeper.replace(dataclasses.replace(self.keeper.trust, context=None))
+
+    def rules(self, **rules: object) -> Trust:
+        """Only these rules from now on; of clients that are there already nobody asks."""
+        trust = dataclasses.replace(self.keeper.trust, rules=Rules(**rules))  # type: ignore[arg-type]
+        self.keeper.replace(trust)
+        return trust
+
+    def reload(self, *, keep: bool = False, **rules: object) -> Trust:
+        """As after a reload: each session is asked."""
+        trust = self.rules(**rules)
+        for session in self.sessions:
+            session.recheck(trust, keep=keep)
+        return trust
 
     async def ended(self) -> None:
         """All sessions so far have come to their end."""

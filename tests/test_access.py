@@ -1,105 +1,366 @@
-"""gateway.access: who a client is, out of its certificate, and how that is shown."""
+"""gateway.access and gateway.rule: what a rule means, and what tries to pass by it."""
 
 from __future__ import annotations
 
-import hashlib
-from datetime import UTC, datetime, timedelta
+import os
+import pwd
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway.access import Identity, shown
+from gateway.access import KINDS, Rule, Rules, parse_network
+from gateway.errors import SettingsError
+from gateway.identity import Identity
+from tests.support.wrong_certs import authority, der, twin_of
 
-NOW = datetime(2030, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def key() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP256R1())
-
-
-def certificate(
-    key: ec.EllipticCurvePrivateKey, *names: tuple[x509.ObjectIdentifier, str]
-) -> bytes:
-    """A certificate with this subject, in DER. Nothing else in it matters here."""
-    subject = x509.Name([x509.NameAttribute(oid, text) for oid, text in names])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(NOW)
-        .not_valid_after(NOW + timedelta(days=1))
-    )
-    signed = builder.sign(key, hashes.SHA256())
-    return signed.public_bytes(serialization.Encoding.DER)
+FIELDS = {"dns": "dns", "uri": "uris", "email": "emails"}
 
 
-def test_what_a_certificate_says(key: ec.EllipticCurvePrivateKey) -> None:
-    der = certificate(key, (NameOID.ORGANIZATION_NAME, "Disks"), (NameOID.COMMON_NAME, "backup"))
-    identity = Identity.of_certificate(der)
-    assert identity.common_name == "backup"
-    assert identity.subject == "CN=backup,O=Disks"  # RFC 4514: the last one first
-    assert identity.sha256 == hashlib.sha256(der).hexdigest()
-    assert str(identity) == f"CN=backup,O=Disks sha256:{identity.sha256[:16]}"
+def rule(text: str) -> Rule:
+    return Rule.parse("--allow", text)
 
 
-def test_no_common_name(key: ec.EllipticCurvePrivateKey) -> None:
-    identity = Identity.of_certificate(certificate(key, (NameOID.ORGANIZATION_NAME, "Disks")))
-    assert identity.common_name is None
-    assert str(identity).startswith("O=Disks sha256:")
+def client(kind: str, value: str) -> Identity:
+    """A client of whom this is known and nothing else."""
+    match kind:
+        case "cn":
+            return Identity(common_name=value, common_names=(value,))
+        case "uid":
+            return Identity(uid=int(value), gid=100)
+        case "dns" | "uri" | "email":
+            return Identity(**{FIELDS[kind]: (value,)})  # type: ignore[arg-type]
+        case _:
+            return Identity(**{kind: value})  # type: ignore[arg-type]
 
 
-def test_no_subject_at_all(key: ec.EllipticCurvePrivateKey) -> None:
-    identity = Identity.of_certificate(certificate(key))
-    assert identity.common_name is None
-    assert str(identity).startswith("no subject sha256:")
+# ---------------------------------------------------------------- to let in: to the letter
+
+LETS_IN = [
+    ("cn=vm1", "vm1"),
+    ("cn=*", "vm1"),
+    ("cn=*", "a.b"),
+    ("cn=*.example.com", "vm1.example.com"),
+    ("cn=Dr. No", "Dr. No"),
+    ("dns=vm1.Example.com", "VM1.example.COM"),
+    ("dns=vm1.example.com.", "vm1.example.com"),
+    ("dns=vm1.example.com", "vm1.example.com."),
+    ("dns=*.example.com", "vm1.example.com"),
+    ("dns=a.*.example.com", "a.b.example.com"),
+    ("dns=*", "localhost"),
+    ("email=Me@Example.com", "Me@example.COM"),
+    ("email=*@example.com", "a.b+c@example.com"),
+    ("email=me@*.example.com", "me@a.example.com"),
+    ("uri=SPIFFE://Example.org/a", "spiffe://example.ORG/a"),
+    ("uri=spiffe://example.org/*/db", "spiffe://example.org/ns/db"),
+    ("uri=spiffe://*.example.org/a", "spiffe://x.example.org/a"),
+    ("uri=urn:disks:a", "urn:disks:a"),
+    ("uri=urn:*", "urn:disks:a"),
+    ("psk=vm1", "vm1"),
+    ("psk=*", "vm1"),
+    ("psk=*.a", "x.a"),
+    ("uid=0", "0"),
+    ("uid=01000", "1000"),
+]
 
 
-def test_the_first_common_name_counts(key: ec.EllipticCurvePrivateKey) -> None:
-    der = certificate(key, (NameOID.COMMON_NAME, "first"), (NameOID.COMMON_NAME, "second"))
-    assert Identity.of_certificate(der).common_name == "first"
+@pytest.mark.parametrize(("text", "value"), LETS_IN)
+def test_meant(text: str, value: str) -> None:
+    one = rule(text)
+    assert one.matches(client(one.kind, value))
+    assert one.denies(client(one.kind, value))
+    others = [kind for kind in KINDS if kind not in (one.kind, "dn", "uid")]
+    assert not any(one.matches(client(kind, value)) for kind in others)
+    assert not any(one.denies(client(kind, value)) for kind in others)
+    assert str(one) == text
 
 
-@pytest.mark.parametrize("evil", ["a\nINFO forged", "a\r\x1b[2J", "a\u2028b", "a\u202eb", "a\x85b"])
-def test_a_subject_stays_on_its_line(key: ec.EllipticCurvePrivateKey, evil: str) -> None:
-    text = str(Identity.of_certificate(certificate(key, (NameOID.COMMON_NAME, evil))))
-    assert text.isprintable()
-    assert len(text.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[
+            ("cn=vm1", value)
+            for value in ("VM1", "vm1 ", " vm1", "vm10", "vm", "vm1.", "vm\u200b1")
+        ],
+        *[("cn=*.a", value) for value in (".a", "x.y.a", "a", "*.a", "x.A")],
+        *[
+            ("dns=vm1.a", value)
+            for value in ("vm1.a..", ".vm1.a", "vm1..a", "*.a", "vm1.a.b", "vm1")
+        ],
+        *[
+            ("dns=*.a", value)
+            for value in (".a", "..a", "x.y.a", "*.a", "x*.a", "a", "x/.a", "x@.a")
+        ],
+        *[("dns=*", value) for value in ("x.y", "", ".", "*", "a..")],
+        *[("email=me@a", value) for value in ("ME@a", "me@b", "me@a.", "me@x.a", "x@me@a", "me")],
+        *[
+            ("email=*@a", value)
+            for value in ("@a", "x@b@a", '"x@b"@a', "*@a", "a", "x y@a", "x@a.a")
+        ],
+        *[
+            ("uri=s://h/a", value)
+            for value in ("s://h/A", "s://h/%61", "s://h/a/", "s://h//a", "t://h/a")
+        ],
+        *[
+            ("uri=s://h/a", value)
+            for value in ("s://h:1/a", "s://u@h/a", "s://h/a?", "s://h/a#", "s:/h/a")
+        ],
+        *[
+            ("uri=s://h/*", value)
+            for value in ("s://h/", "s://h", "s://h/a/b", "s://h/a%2Fb", "s://h/..")
+        ],
+        *[
+            ("uri=s://h/*", value)
+            for value in ("s://h/.", "s://h/%2e%2e", "s://h/a?b", "s://h/*", "s://h/a\\b")
+        ],
+        *[
+            ("uri=s://h/*/a", value)
+            for value in ("s://h/../a", "s://h//a", "s://h/x/../a", "s://h/?/a")
+        ],
+        ("uri=s://h.*/a", "s://h.x:1@evil/a"),
+        ("uri=s://h.*/a", "s://h.x@evil/a"),
+        ("uri=s://*.h/a", "s://evil#.h/a"),
+        ("uri=s://*.h/a", "s://evil%2f.h/a"),
+        ("uri=s://*/a", "s:///a"),
+        ("psk=vm1", "VM1"),
+        ("psk=*.a", ".a"),
+        ("uid=1", "10"),
+    ],
+)
+def test_not_meant_beyond_doubt(text: str, value: str) -> None:
+    one = rule(text)
+    assert not one.matches(client(one.kind, value))
 
 
-def test_a_long_subject_is_cut_in_the_log_only(key: ec.EllipticCurvePrivateKey) -> None:
-    names = [(NameOID.ORGANIZATIONAL_UNIT_NAME, 60 * letter) for letter in "abc"]
-    identity = Identity.of_certificate(certificate(key, *names))
-    assert len(identity.subject) > 180
-    assert len(str(identity)) <= 80 + len(" sha256:") + 16
-    assert "..." in str(identity)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dn"])
+def test_nobody_matches_nothing(kind: str) -> None:
+    values = {"sha256": 64 * "0", "spki": 64 * "0", "uid": "0", "uri": "s:*", "email": "*@a"}
+    one = rule(f"{kind}={values.get(kind, '*')}")
+    assert not one.matches(Identity())
+    assert not one.denies(Identity())
+    if kind in ("dns", "cn"):
+        assert not one.matches(client(kind, ""))
 
 
-def test_two_certificates_of_one_name_are_two_identities(key: ec.EllipticCurvePrivateKey) -> None:
-    other = ec.generate_private_key(ec.SECP256R1())
-    first, second = (
-        Identity.of_certificate(certificate(each, (NameOID.COMMON_NAME, "backup")))
-        for each in (key, other)
-    )
-    assert first.subject == second.subject
-    assert first != second
-    assert str(first) != str(second)
+def test_one_of_several_names_is_enough() -> None:
+    who = Identity(dns=("a", "b"), uris=("s:a", "s:b"), emails=("a@a", "b@b"))
+    for text in ("dns=b", "uri=s:b", "email=b@b"):
+        assert rule(text).matches(who)
 
 
-@pytest.mark.parametrize("der", [b"", b"no certificate", bytes(100)])
-def test_what_cannot_be_parsed(der: bytes) -> None:
+# ---------------------------------------------------------------- to keep out: in any sense
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("cn=vm1", value) for value in ("VM1", " vm1 ", "vm\u200b1", "\uff56m1", "*")],
+        *[("dns=vm1.a", value) for value in ("vm1.a..", "*.a", "VM1.a", "v*.a", "*1.a", "vm1*.a")],
+        *[("email=me@a", value) for value in ("ME@A", "me@a.")],
+        *[
+            ("uri=s://h/a", value)
+            for value in ("s://H/A", "s://h/%61", "s://h/a/", "s://h//a", "s://h:1/a")
+        ],
+        *[
+            ("uri=s://h/a", value)
+            for value in ("s://u@h/a", "s://h/a?x", "s://h./a", "s://h/b/../a", "s://h/./a")
+        ],
+        *[("uri=s://h/a", value) for value in ("s://h\\a", "s://h/a#x", "s://h/%2E/a")],
+        ("uri=s://h/*", "s://h/%2E%2E/a"),
+        ("email=*@a", '"x y"@a'),
+    ],
+)
+def test_denied_in_any_spelling(text: str, value: str) -> None:
+    one = rule(text)
+    assert one.denies(client(one.kind, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("cn=vm1", value) for value in ("vm2", "vm10", "vm1.a", "")],
+        *[("dns=vm1.a", value) for value in ("vm2.a", "x.vm1.a", "*.b", "x*.a", "*.*.a", "*")],
+        *[("uri=s://h/a", value) for value in ("s://h/b", "s://h/a/b", "s://x/a", "t://h/a")],
+        ("email=me@a", "you@a"),
+        ("psk=vm1", "VM1"),
+        ("dns=*.a", "x.y.a"),
+    ],
+)
+def test_others_are_not_denied(text: str, value: str) -> None:
+    one = rule(text)
+    assert not one.denies(client(one.kind, value))
+
+
+def test_a_second_common_name_is_no_way_out() -> None:
+    who = Identity(common_names=("vm1", "evil"))
+    for text in ("cn=evil", "cn=*"):
+        assert rule(text).denies(who)
+        assert not rule(text).matches(who)
+
+
+def test_a_certificate_turned_round_is_no_way_out() -> None:
+    leaf = authority().leaf()
+    issued, turned = Identity.of_chain((der(leaf),)), Identity.of_chain((twin_of(leaf),))
+    one = rule(f"sha256={issued.sha256}")
+    assert (one.matches(issued), one.denies(issued)) == (True, True)
+    assert (one.matches(turned), one.denies(turned)) == (False, True)
+    assert rule(f"spki={issued.spki}").matches(turned)
+
+
+def test_names_in_full() -> None:
+    def named(*attributes: tuple[x509.ObjectIdentifier, str]) -> Identity:
+        subject = x509.Name([x509.NameAttribute(*one) for one in attributes])
+        return Identity.of_chain((der(authority().leaf(subject)),))
+
+    org, cn = NameOID.ORGANIZATION_NAME, NameOID.COMMON_NAME
+    right = named((org, "Disks"), (cn, "vm1"))
+    one = rule("dn=CN=vm1, O=Disks")
+    assert one.matches(right)
+    for other in (named((org, "disks"), (cn, "VM1")), named((cn, "vm1"), (org, "Disks"))):
+        assert not one.matches(other)
+        assert one.denies(other)
+    for other in (
+        named((cn, "vm1")),
+        named((org, "Disks"), (cn, "vm1"), (cn, "vm1")),
+        named((cn, "vm1,O=Disks")),
+        Identity(),
+    ):
+        assert not one.matches(other)
+        assert not one.denies(other)
+
+
+# ---------------------------------------------------------------- a rule's text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cm=x", r"did you mean cn=\?"),
+        ("CN=x", r"did you mean cn=\?"),
+        ("ip=192.0.2.1", "kinds are cn, dn"),
+        ("vm1", "KIND=VALUE"),
+        ("*", "KIND=VALUE"),
+        ("", "KIND=VALUE"),
+        ("cn=", "nothing behind"),
+        ("cn= vm1", "blanks"),
+        ("dns=vm1.a ", "blanks"),
+        ("cn=a\0b", "cannot be seen"),
+        ("cn=a\u200bb", "cannot be seen"),
+        ("cn=vm*", "piece"),
+        ("dns=vm*.a", "piece"),
+        ("dns=**.a", "piece"),
+        ("dns=a..b", "DNS name"),
+        ("dns=.", "DNS name"),
+        ("dns=.a", "DNS name"),
+        ("dns=a b", "DNS name"),
+        ("dns=b\u00fccher.example", "xn--"),
+        ("dns=192.0.2.1", "allow-from"),
+        ("email=*", "local@host"),
+        ("email=a", "local@host"),
+        ("email=@a", "local@host"),
+        ("email=a@b@c", "local@host"),
+        ("email=a@", "DNS name"),
+        ("uri=*", "scheme"),
+        ("uri=//a/b", "scheme"),
+        ("uri=*://a/b", "scheme"),
+        ("uri=s://a/\u00fc", "ASCII"),
+        ("uri=s://a/vm*", "piece"),
+        ("uri=s://a:1/*", "no \\* beside"),
+        ("uri=s://a/../*", "no \\* beside"),
+        ("uri=s://a//*", "no \\* beside"),
+        ("uri=s://a/*?b", "no \\* beside"),
+        ("sha256=*", "64 hexadecimal"),
+        ("sha256=" + 63 * "0", "64 hexadecimal"),
+        ("spki=" + 63 * "0" + "g", "64 hexadecimal"),
+        ("dn=vm1", "TYPE=VALUE"),
+        ("dn=CN=*", "no \\*"),
+        ("uid=*", "no \\*"),
+        ("uid=-1", "neither a number"),
+        ("uid=4294967295", "larger"),
+        ("uid=" + 5000 * "9", "larger"),
+        ("uid=\u0661", "neither a number"),
+        ("uid=no such user", "neither a number"),
+    ],
+)
+def test_what_is_no_rule(text: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as wrong:
+        rule(text)
+    assert str(wrong.value).startswith(f"--allow {text}")
+
+
+def test_rules_are_compared_by_meaning() -> None:
+    digits = "0a" * 32
+    colons = ":".join(["0A"] * 32)
+    for one, other in (
+        (f"sha256={digits}", f"sha256={colons}"),
+        ("dns=A.b", "dns=a.b."),
+        ("dn=CN=a,O=b", "dn=cn=a, o=b"),
+        ("uid=7", "uid=007"),
+        ("email=a@B", "email=a@b"),
+    ):
+        assert rule(one) == rule(other)
+        assert len({rule(one), rule(other)}) == 1
+    assert rule("cn=a") != rule("cn=A")
+    assert rule("cn=a") != rule("psk=a")
+
+
+def test_users_by_name() -> None:
+    me = pwd.getpwuid(os.getuid())
+    assert rule(f"uid={me.pw_name}") == rule(f"uid={me.pw_uid}")
+
+
+@given(st.sampled_from(KINDS), st.text(max_size=30))
+def test_any_text_is_a_rule_or_an_error(kind: str, value: str) -> None:
+    try:
+        one = rule(f"{kind}={value}")
+    except SettingsError:
+        return
+    for other in ("cn", "dns", "uri", "email", "psk"):
+        who = client(other, value)
+        assert one.denies(who) >= one.matches(who)
+
+
+# ---------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "address", "admitted"),
+    [
+        ("", "", "192.0.2.1", True),
+        ("192.0.2.0/24", "", "192.0.2.255", True),
+        ("192.0.2.0/24", "", "192.0.3.0", False),
+        ("192.0.2.0/24", "", "::ffff:192.0.2.1", True),
+        ("::ffff:192.0.2.0/120", "", "192.0.2.1", True),
+        ("", "192.0.2.1", "::ffff:192.0.2.1", False),
+        ("", "192.0.2.1", "::ffff:c000:201", False),
+        ("", "::ffff:192.0.2.1", "192.0.2.1", False),
+        ("192.0.2.0/24", "192.0.2.1", "192.0.2.1", False),
+        ("192.0.2.1", "192.0.2.0/24", "192.0.2.1", False),
+        ("::/0", "", "192.0.2.1", False),
+        ("::/0", "", "::ffff:192.0.2.1", False),
+        ("0.0.0.0/0", "", "::1", False),
+        ("fe80::/64", "", "fe80::1%eth0", True),
+        ("", "fe80::1", "fe80::1%eth0", False),
+        ("", "2001:db8::/32", "2001:DB8::1", False),
+    ],
+)
+def test_addresses(allow: str, deny: str, address: str, admitted: bool) -> None:
+    networks = [tuple(parse_network("--x", one) for one in text.split()) for text in (allow, deny)]
+    assert Rules(allow_from=networks[0], deny_from=networks[1]).admits(address) == admitted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "192.0.2.1/24", "192.0.2.0/33", "010.0.0.1", "fe80::1%eth0", "fe80::/64%1", "1", "*"],
+)
+def test_what_is_no_network(text: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--deny-from {text.replace('*', '.')}"):
+        parse_network("--deny-from", text)
+
+
+@pytest.mark.parametrize("address", ["", "x", "192.0.2", "/run/socket"])
+def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Identity.of_certificate(der)
-
-
-def test_shown() -> None:
-    assert shown("CN=Ren\u00e9, \u65e5\u672c") == "CN=Ren\u00e9, \u65e5\u672c"
-    assert shown("a\0b\tc\nd") == "a?b?c?d"
-    assert shown(80 * "x") == 80 * "x"
-    assert shown(81 * "x") == 77 * "x" + "..."
-    assert shown("\n" + 100 * "x") == "?" + 76 * "x" + "..."
+        Rules().admits(address)

@@ -1,17 +1,15 @@
-"""gateway.certs: how the files get into the folder, and what is printed about them."""
+"""gateway.certs: which files `init` writes, and what is printed about them."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -19,7 +17,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from gateway import certs
-from gateway.pki import Credential, PkiError
+from gateway.pki import Credential, KeyType, PkiError
+from gateway.pki_keys import name_of
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -170,12 +169,53 @@ def test_a_dangling_link_counts_as_there(tmp_path: Path) -> None:
 
 def test_force_replaces_the_whole_set_and_leaves_other_files(tmp_path: Path) -> None:
     certs.init(tmp_path)
-    (tmp_path / "ca-crl.pem").write_bytes(b"other")
+    (tmp_path / "other.pem").write_bytes(b"other")
     before = snapshot(tmp_path)
     certs.init(tmp_path, force=True)
     after = snapshot(tmp_path)
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == set(SIX)
+
+
+@pytest.mark.parametrize("name", ["ca-crl.pem", "ca/revoked"])
+def test_revocations_of_a_former_authority_are_replaced_too(name: str, tmp_path: Path) -> None:
+    """Its CRL would make the gateway refuse the folder; without one, nobody could be revoked."""
+    (tmp_path / "ca").mkdir()
+    (tmp_path / name).write_bytes(b"former")
+    with pytest.raises(PkiError, match=name):
+        certs.init(tmp_path)
+    assert snapshot(tmp_path) == {"ca": None, name: b"former"}
+    issued = certs.init(tmp_path, force=True, now=NOW)
+    assert (tmp_path / "ca/revoked").read_bytes() == b""
+    crl = x509.load_pem_x509_crl((tmp_path / "ca-crl.pem").read_bytes())
+    authority = x509.load_pem_x509_certificate(issued.ca.cert.read_bytes())
+    assert crl.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+    assert len(crl) == 0
+
+
+@pytest.mark.parametrize("kind", KeyType)
+def test_every_key_type(kind: KeyType, tmp_path: Path) -> None:
+    issued = certs.init(tmp_path, key_type=kind)
+    for path in issued.paths[1::2]:
+        assert name_of(x509.load_pem_x509_certificate(path.read_bytes()).public_key()) == kind
+
+
+def test_passphrases(tmp_path: Path) -> None:
+    """The client's key stays open: nbdinfo and nbd-client cannot ask for a passphrase."""
+    issued = certs.init(tmp_path, passwords=certs.Passwords(b"of the CA", b"of the server"))
+    for pair, password in ((issued.ca, b"of the CA"), (issued.server, b"of the server")):
+        assert b"ENCRYPTED" in pair.key.read_bytes()
+        serialization.load_pem_private_key(pair.key.read_bytes(), password)
+    serialization.load_pem_private_key(issued.client.key.read_bytes(), None)
+    for line in commands(certs.next_steps(issued))[:2]:
+        assert line[line.index("--key-password-file") + 1] == "FILE"
+
+
+def test_further_names_of_the_server(tmp_path: Path) -> None:
+    issued = certs.init(tmp_path, ["gw"], server_sans=["uri=spiffe://x/gw", "dns=b.example"])
+    certificate = x509.load_pem_x509_certificate(issued.server.cert.read_bytes())
+    san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(each.value) for each in san] == ["gw", *LOCAL, "spiffe://x/gw", "b.example"]
 
 
 def test_force_works_with_the_authority_key_taken_away(tmp_path: Path) -> None:
@@ -184,183 +224,6 @@ def test_force_works_with_the_authority_key_taken_away(tmp_path: Path) -> None:
     (tmp_path / "ca").rmdir()
     certs.init(tmp_path, force=True)
     assert {name for name, content in snapshot(tmp_path).items() if content} == set(SIX)
-
-
-# ---------------------------------------------------------------- init, when it cannot
-
-
-@pytest.mark.parametrize(
-    ("server_names", "client_name"), [(["good.example", "bad_name"], "vm1"), ([], "line\n")]
-)
-def test_bad_names_write_nothing(server_names: list[str], client_name: str, tmp_path: Path) -> None:
-    with pytest.raises(PkiError, match="name"):
-        certs.init(tmp_path / "tls", server_names, client_name=client_name)
-    assert snapshot(tmp_path) == {}
-
-
-def test_the_directory_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(PkiError, match="file is a file, not a folder"):
-        certs.init(tmp_path / "file", force=True)
-    with pytest.raises(PkiError, match=r"Not a directory.*nothing was changed"):
-        certs.init(tmp_path / "file/tls")
-    assert snapshot(tmp_path) == {"file": b"mine"}
-
-
-def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "ca-cert.pem").mkdir()
-    with pytest.raises(PkiError, match="is a folder, not a file"):
-        certs.init(tmp_path, force=True)
-    assert snapshot(tmp_path) == {"ca-cert.pem": None}
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_the_directory_is_not_writable(tmp_path: Path) -> None:
-    (tmp_path / "tls").mkdir(0o500)
-    with pytest.raises(PkiError, match=r"cannot write.*Permission denied"):
-        certs.init(tmp_path / "tls")
-    assert snapshot(tmp_path) == {"tls": None}
-
-
-class Failing:
-    """Stands in for a function and fails at its n-th call."""
-
-    def __init__(self, real: Callable[..., Any], at: int, error: BaseException) -> None:
-        self.real, self.at, self.error, self.calls = real, at, error, 0
-
-    def __get__(self, instance: object, owner: object) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self(instance, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return self.real(*args, **kwargs)
-
-
-def complaint(directory: Path, *, force: bool) -> str | None:
-    """What `init` says against it, or None if it goes through."""
-    try:
-        certs.init(directory, force=force)
-    except PkiError as error:
-        return str(error)
-    return None
-
-
-STEPS = [(os, "open"), (os, "fchmod"), (os, "fsync"), (Path, "rename"), (Path, "mkdir")]
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
-@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
-def test_a_failure_at_any_step_changes_nothing(
-    owner: Any, name: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tmp_path / "parent/tls"
-    if force:
-        certs.init(directory)
-        (directory / "client-cert.pem").unlink()  # a set with a gap
-        if name == "mkdir":
-            (directory / "ca/ca-key.pem").unlink()
-            (directory / "ca").rmdir()
-    before = snapshot(tmp_path)
-    for at in itertools.count(1):
-        failing = Failing(getattr(owner, name), at, OSError(28, "No space left on device"))
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, failing)
-            text = complaint(directory, force=force)
-        if text is None:
-            break  # there is no n-th call: all have had their turn
-        assert text == (
-            f"cannot write the certificates in {directory}: No space left on device; "
-            "nothing was changed"
-        )
-        assert snapshot(tmp_path) == before
-    assert at > 1
-    assert failing.calls == at - 1
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
-def test_an_interrupt_changes_nothing(
-    force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if force:
-        certs.init(tmp_path)
-    before = snapshot(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", Failing(Path.rename, 4, KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            certs.init(tmp_path, force=force)
-    assert snapshot(tmp_path) == before
-
-
-def test_what_cannot_be_put_back_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    certs.init(tmp_path)
-    before = snapshot(tmp_path)
-
-    def broken_disk(self: Path, target: Path) -> None:
-        if self.name != ".ca-key.pem.new" and target.name != ".ca-key.pem.old":
-            raise OSError(5, "Input/output error", str(self))
-        os.rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", broken_disk)
-        text = complaint(tmp_path, force=True)
-    assert text is not None
-    assert "ca-cert.pem" in text
-    assert "not all could be put back" in text
-    assert f"rename each .NAME.old in {tmp_path} and in its folder ca to NAME" in text
-    # As told, and the former set is whole again.
-    for path in tmp_path.rglob(".*.old"):
-        path.rename(path.with_name(path.name.removeprefix(".").removesuffix(".old")))
-    assert snapshot(tmp_path) == before
-
-
-def test_former_files_that_cannot_be_removed_are_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    certs.init(tmp_path)
-    before = snapshot(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", Failing(Path.unlink, 1, OSError(1, "Not permitted", "x")))
-        text = complaint(tmp_path, force=True)
-    assert text is not None
-    assert "the new certificates are in place" in text
-    assert f"remove each .NAME.old in {tmp_path}" in text
-    assert all(snapshot(tmp_path)[name] != before[name] for name in SIX)
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["fresh", "force"])
-@pytest.mark.parametrize("left", ["ca/.ca-key.pem.new", ".client-cert.pem.new"])
-def test_another_run_or_its_remains_are_not_touched(left: str, force: bool, tmp_path: Path) -> None:
-    (tmp_path / "ca").mkdir()
-    (tmp_path / left).write_bytes(b"theirs")
-    text = complaint(tmp_path, force=force)
-    assert text == (
-        f"{tmp_path / left} exists: another run is at work, or one was cut short; if so, remove it"
-    )
-    assert snapshot(tmp_path) == {"ca": None, left: b"theirs"}
-
-
-def test_a_former_file_left_by_a_killed_run_is_not_lost(tmp_path: Path) -> None:
-    (tmp_path / ".server-key.pem.old").write_bytes(b"former")
-    for force in (False, True):
-        text = complaint(tmp_path, force=force)
-        assert text is not None
-        assert "rename it to server-key.pem" in text
-    assert snapshot(tmp_path) == {".server-key.pem.old": b"former"}
-
-
-def test_a_run_that_finishes_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fsync
-
-    def meanwhile(descriptor: int) -> None:
-        real(descriptor)
-        (tmp_path / "server-cert.pem").write_bytes(b"theirs")
-
-    monkeypatch.setattr(os, "fsync", meanwhile)
-    with pytest.raises(PkiError, match=r"already has server-cert\.pem"):
-        certs.init(tmp_path)
-    assert snapshot(tmp_path) == {"server-cert.pem": b"theirs"}
 
 
 # ---------------------------------------------------------------- what to do next
@@ -375,7 +238,7 @@ def test_next_steps_are_lines_to_run(tmp_path: Path) -> None:
     issued = certs.init(directory, ["gw.example"])
     folder = str(directory)
     text = certs.next_steps(issued, socket="/run/my disk.sock")
-    short, long, nbdinfo, qemu_img, nbd_list, nbd_client = commands(text)
+    short, long, nbdinfo, qemu_img, nbd_list, nbd_client, *rest = commands(text)
     assert short == ["nbd-gateway", "--tls-dir", folder, "--socket", "/run/my disk.sock"]
     assert long == [
         *("nbd-gateway", "--cert", f"{folder}/server-cert.pem"),
@@ -404,6 +267,13 @@ def test_next_steps_are_lines_to_run(tmp_path: Path) -> None:
     ]
     assert nbd_list == ["nbd-client", "-l", "gw.example", "10809", *tls]
     assert nbd_client == ["nbd-client", "gw.example", "10809", "/dev/nbd0", *tls]
+    prefix = ["nbd-gateway", "certs"]
+    assert rest == [
+        [*prefix, "client", "NAME", "--dir", folder],
+        [*prefix, "bundle", "client", "NAME", "--dir", folder],
+        [*prefix, "crl", "--dir", folder],
+        [*prefix, "revoke", f"{folder}/clients/NAME/client-cert.pem", "--dir", folder],
+    ]
 
 
 def test_next_steps_say_what_was_made_and_who_needs_what(tmp_path: Path) -> None:
@@ -417,6 +287,7 @@ def test_next_steps_say_what_was_made_and_who_needs_what(tmp_path: Path) -> None
         "A gateway elsewhere needs ca-cert.pem, server-cert.pem and server-key.pem",
         f"Keep {tmp_path}/tls/ca offline",
         "--socket /run/disk.sock",
+        "it holds for 30 days, so renew it in time",
     ):
         assert part in text
 
@@ -424,7 +295,7 @@ def test_next_steps_say_what_was_made_and_who_needs_what(tmp_path: Path) -> None
 def test_next_steps_for_an_export_a_port_and_an_address(tmp_path: Path) -> None:
     issued = certs.init(tmp_path, ["*.example.com", "2001:db8::1"])
     text = certs.next_steps(issued, port=1234, export="a,b/ü ?")
-    _, _, nbdinfo, qemu_img, nbd_list, nbd_client = commands(text)
+    _, _, nbdinfo, qemu_img, nbd_list, nbd_client, *_ = commands(text)
     parts = urlsplit(nbdinfo[1])
     assert (parts.hostname, parts.port) == ("2001:db8::1", 1234)
     assert unquote(parts.path.removeprefix("/")) == "a,b/ü ?"

@@ -29,7 +29,11 @@ WRONG = {
     "--socket too long": (f"--tls-dir tls --socket {LONG}", "--socket: 108 bytes 107"),
     "nobody decided who may enter": (
         f"{CERT} {KEY} --socket s",
-        "--client-ca --allow-anonymous",
+        "--client-ca --allow-anonymous --psk-file",
+    ),
+    "a rule is no decision": (
+        f"{CERT} {KEY} --socket s --allow cn=vm1 --deny-from ::1",
+        "--client-ca --allow-anonymous --psk-file",
     ),
     "both decisions": (f"{CERT} {KEY} {CA} --allow-anonymous --socket s", "exclude each other"),
     "both decisions, with --tls-dir": (
@@ -48,7 +52,10 @@ WRONG = {
     "--key is not there": (f"{CERT} --key nope.pem {CA} --socket s", "--key: nope.pem No such"),
     "--key is no PEM": (f"{CERT} --key garbage.pem {CA} --socket s", "--key: garbage.pem PEM"),
     "--key is a certificate": (f"{CERT} --key tls/server-cert.pem {CA} --socket s", "--key: PEM"),
-    "--key is encrypted": (f"{CERT} --key locked-key.pem {CA} --socket s", "--key encrypted"),
+    "--key is encrypted": (
+        f"{CERT} --key locked-key.pem {CA} --socket s",
+        "--key --key-password-file",
+    ),
     "--key of another certificate": (
         f"{CERT} --key other-key.pem {CA} --socket s",
         "--key: other-key.pem not the key tls/server-cert.pem",
@@ -99,6 +106,100 @@ WRONG = {
     "--tls off and --client-ca": (f"--tls off {CA} --socket s", "--tls off"),
     "--tls off and --tls-dir": ("--tls off --tls-dir tls --socket s", "--tls off"),
     "--tls off and --allow-anonymous": ("--tls off --allow-anonymous --socket s", "--tls off"),
+    "--tls off and --crl": ("--tls off --crl empty.pem --socket s", "--tls off --crl"),
+    "--tls off and --psk-file": ("--tls off --psk-file keys --socket s", "--tls off --psk-file"),
+    "--tls off and a password": (
+        "--tls off --key-password-file word --socket s",
+        "--tls off --key-password-file",
+    ),
+    "--tls off and a rule": ("--tls off --allow cn=a --socket s", "--allow cn=a: --tls off uid="),
+    "--tls off, uid= and all addresses": (
+        "--tls off --allow uid=0 --socket s",
+        "--allow uid=0: --listen unix:PATH",
+    ),
+    "--tls off, uid= and one address too many": (
+        "--tls off --deny uid=0 --socket s --listen unix:l --listen 127.0.0.1:0",
+        "--deny uid=0: --listen HOST:PORT --client-ca",
+    ),
+    **{
+        f"--psk-file and {flag.split()[0]}": (
+            f"--psk-file keys {flag} --socket s",
+            f"--psk-file {flag.split()[0]} exclude each other",
+        )
+        for flag in (
+            *(CERT, KEY, CA, "--crl c", "--key-password-file w", "--tls-dir tls"),
+            "--allow-anonymous",
+        )
+    },
+    "--psk-file and a certificate's name": (
+        "--psk-file keys --allow cn=a --socket s",
+        "--allow cn=a: --psk-file psk=NAME",
+    ),
+    "certificates and a key's name": (f"{GOOD} --deny psk=a", "--deny psk=a: --psk-file FILE"),
+    "--crl and --allow-anonymous": (
+        f"{CERT} {KEY} --crl c --allow-anonymous --socket s",
+        "--crl --client-ca --allow-anonymous",
+    ),
+    "--crl, --tls-dir and --allow-anonymous": (
+        "--tls-dir tls --crl c --allow-anonymous --socket s",
+        "--crl --client-ca --allow-anonymous",
+    ),
+    "--crl is not there": (f"{GOOD} --crl nope.pem", "--crl: nope.pem No such"),
+    "--crl is no PEM": (f"{GOOD} --crl garbage.pem", "--crl: garbage.pem PEM"),
+    "--key-password-file is not there": (
+        f"{CERT} --key locked-key.pem {CA} --key-password-file nope --socket s",
+        "--key-password-file: nope No such",
+    ),
+    "rule and --allow-anonymous": (
+        "--tls-dir tls --allow-anonymous --allow cn=a --socket s",
+        "--allow cn=a: --allow-anonymous --client-ca FILE",
+    ),
+    "uid= for TCP": (f"{GOOD} --allow uid=0", "--allow uid=0: --listen unix:PATH"),
+    "rule of no kind": (f"{GOOD} --allow vm1", "--allow vm1: KIND=VALUE cn dn dns uri"),
+    "rule of a kind like another": (f"{GOOD} --deny cm=vm1", "--deny cm=vm1: did you mean cn=?"),
+    "rule with nothing in it": (f"{GOOD} --allow ''", "--allow : KIND=VALUE"),
+    "rule with half a label": (f"{GOOD} --allow dns=vm*.a", "--allow dns=vm*.a: label"),
+    "network of no address": (f"{GOOD} --allow-from vm1", "--allow-from vm1: 192.0.2.0/24"),
+    "network with host bits": (
+        f"{GOOD} --deny-from 192.0.2.1/24",
+        "--deny-from 192.0.2.1/24: host bits",
+    ),
+    "network for Unix sockets": (
+        "--tls-dir tls --socket s --listen unix:l --allow-from ::1",
+        "--allow-from ::1/128: --listen HOST:PORT",
+    ),
+    "--on-revoke in other words": (f"--on-revoke cut {GOOD}", "--on-revoke cut close keep"),
+    "negative reload interval": (f"--reload-interval -1 {GOOD}", "--reload-interval -1"),
+    "reload interval is no number": (f"--reload-interval nan {GOOD}", "--reload-interval nan"),
+    "--config is not there": (f"--config nope.toml {GOOD}", "--config: nope.toml No such"),
+    "--config is no TOML": (f"--config garbage.pem {GOOD}", "--config garbage.pem: not TOML"),
+    "--config is empty": (f"--config empty.pem {GOOD}", "--config empty.pem: empty"),
+    "--config with a wrong key": (
+        f"--config wrong.toml {GOOD}",
+        "--config wrong.toml: $.export[1].read_only: did you mean read-only?",
+    ),
+    "--config and --export": (
+        f"--config good.toml --export disk {GOOD}",
+        "--export [[export]] --config good.toml exclude each other",
+    ),
+    "--config and empty --export": (
+        f"--config good.toml --export '' {GOOD}",
+        "--export [[export]] --config good.toml exclude each other",
+    ),
+    "--config and --any-export": (
+        f"--config good.toml --any-export {GOOD}",
+        "--any-export [[export]]",
+    ),
+    "--config and --oldstyle": (
+        "--config good.toml --oldstyle --tls off --socket s --listen 127.0.0.1:0",
+        "--oldstyle [[export]]",
+    ),
+    "--config and what its rules cannot be about": (
+        "--config good.toml --tls-dir tls --allow-anonymous --socket s",
+        "[[export]] 'disk': cn=vm1: --allow-anonymous --client-ca FILE",
+    ),
+    "check without --socket": ("check --tls-dir tls", "--socket"),
+    "options before check": (f"{GOOD} check", "goes behind check"),
     "--tls no": (f"--tls no {GOOD}", "--tls no require off"),
     "--tls-min 1.1": (f"--tls-min 1.1 {GOOD}", "--tls-min 1.1 1.2 1.3"),
     "--export and --any-export": (f"--export a --any-export {GOOD}", "--export --any-export"),
@@ -143,6 +244,7 @@ WRONG = {
     "workers in capitals": (f"--workers AUTO {GOOD}", "--workers 'AUTO' auto"),
     "workers in parts": (f"--workers 1.5 {GOOD}", "--workers '1.5' auto"),
     "workers in other digits": (f"--workers \u0662 {GOOD}", "--workers auto"),
+    "workers of many digits": (f"--workers {5000 * '1'} {GOOD}", "--workers auto"),
     "workers of no number": (f"--workers '' {GOOD}", "--workers '' auto"),
     "no time for the handshake": (f"--handshake-timeout 0 {GOOD}", "--handshake-timeout 0"),
     "handshake time is no number": (f"--handshake-timeout nan {GOOD}", "--handshake-timeout nan"),
@@ -238,4 +340,35 @@ def test_key_with_a_passphrase_asks_nobody(folder: Path) -> None:
     line = f"{CERT} --key locked-key.pem {CA} --socket s"
     outcome = command(*line.split(), cwd=folder)
     assert outcome.code == 2
-    assert "encrypted" in outcome.complaint
+    assert "--key-password-file" in outcome.complaint
+
+
+@pytest.mark.parametrize("word", ["", "wrong\n", "\nsecret\n", 5000 * "x"])
+def test_password_that_does_not_fit(
+    word: str, in_folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is in no complaint."""
+    monkeypatch.setattr("click.echo", echo_no_uri)
+    file = tmp_path / "word"
+    file.write_text(word)
+    line = f"--cert other-cert.pem --key locked-key.pem {CA} --key-password-file {file} --socket s"
+    outcome = run(*line.split())
+    assert outcome.code == 2
+    assert outcome.complaint.startswith("--key")
+    assert str(file) in outcome.complaint
+    assert "secret" not in outcome.complaint
+    assert "xxx" not in outcome.complaint
+
+
+def test_password_that_fits(
+    in_folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is opened, and the next thing that is wrong is said."""
+    file = tmp_path / "word"
+    file.write_text("secret\n")
+    line = f"--cert other-cert.pem --key locked-key.pem --client-ca nope --key-password-file {file}"
+    outcome = run(*line.split(), "--socket", "s")
+    assert outcome.complaint == "--client-ca: cannot read nope: No such file or directory"
+    monkeypatch.setattr("gateway.serve.trio.run", lambda *_: True)
+    line = line.replace("nope", "tls/ca-cert.pem")
+    assert run(*line.split(), "--socket", "s").code == 0

@@ -1,6 +1,6 @@
 """Imports go one way only, and each layer keeps to its own tools.
 
-cli -> serve -> server -> session -> {relay, upstream, tls, access} -> {transport, nbd} -> errors
+cli -> serve -> server -> session -> {relay, upstream, trust} -> {transport, nbd, access} -> errors
 """
 
 from __future__ import annotations
@@ -43,31 +43,72 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("flags serve settings certs pki demo errors", "click trio"),
-    "flags": Layer("settings errors nbd.upgrades", "click"),
-    "serve": Layer("workers places server settings errors", "trio signal"),
+    "cli": Layer("flags options serve check certs_cli demo settings errors", "click trio"),
+    "flags": Layer("settings config access errors nbd.upgrades"),
+    "config": Layer("access settings errors", "msgspec"),
+    "check": Layer(
+        "check_certs check_crl check_files check_keys check_report check_rules trust settings "
+        "errors",
+        "socket",
+    ),
+    "serve": Layer("errors places reload server settings trust workers", "signal trio"),
+    "reload": Layer("errors settings snapshot trust", "trio"),
+    "trust": Layer(
+        "access credentials crls errors identity psk settings snapshot tls", "cryptography ssl"
+    ),
+    "psk": Layer("identity errors", "ssl socket"),
     "workers": Layer("places", "signal"),
     "places": Layer(),
     "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
     "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
     "client": Layer("transport errors nbd.*", "socket ssl"),
     "server": Layer(
-        "workers session settings listeners tls access transport errors", "trio socket ssl signal"
+        "errors identity listeners reload session settings trust workers", "signal socket trio"
     ),
     "session": Layer(
-        "relay upstream tls access transport settings errors nbd.*", "trio socket ssl"
+        "admission relay upstream trust tls identity transport settings errors nbd.*",
+        "trio socket ssl",
     ),
     "relay": Layer("buffers turns transport errors nbd.transmission", "trio"),
     "buffers": Layer("transport nbd.transmission"),
     "turns": Layer("", "time"),
     "upstream": Layer("transport settings errors nbd.*", "trio socket"),
-    "tls": Layer("access settings errors", "ssl socket cryptography"),
-    "access": Layer("settings errors", "cryptography"),
+    "tls": Layer("credentials errors identity psk settings snapshot", "cryptography socket ssl"),
+    "access": Layer("errors identity rule"),
+    "identity": Layer("dn", "cryptography"),
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
-    "settings": Layer("errors nbd.constants nbd.upgrades nbd.uri"),
+    "settings": Layer("access errors nbd.constants nbd.upgrades nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),
-    "certs": Layer("pki errors", "socket"),
-    "pki": Layer("errors", "cryptography"),
+    "certs": Layer("certs_store pki pki_keys", "socket"),
+    "certs_cli": Layer(
+        "certs certs_bundle certs_folder certs_options certs_show errors pki pki_keys", "click"
+    ),
+    "pki": Layer("pki_keys", "cryptography"),
+    "options": Layer("access settings nbd.upgrades", "click"),
+    "check_certs": Layer("check_files check_report credentials identity", "cryptography"),
+    "check_crl": Layer("check_certs check_files check_report identity", "cryptography"),
+    "check_keys": Layer(
+        "check_certs check_files check_report psk access identity settings", "cryptography"
+    ),
+    "check_files": Layer("check_report snapshot errors"),
+    "check_rules": Layer("check_report access identity"),
+    "check_report": Layer("errors"),
+    "certs_store": Layer("pki_keys"),
+    "certs_read": Layer("pki_keys", "cryptography"),
+    "certs_folder": Layer("certs certs_read certs_store pki pki_keys revocations", "cryptography"),
+    "certs_bundle": Layer(
+        "certs certs_folder certs_read certs_store pki_keys revocations", "cryptography"
+    ),
+    "certs_show": Layer("access certs_read certs_store errors identity pki_keys", "cryptography"),
+    "certs_options": Layer("pki", "click"),
+    "revocations": Layer("pki_keys"),
+    "pki_keys": Layer("errors", "cryptography"),
+    "admission": Layer("access errors identity nbd.policy settings trust", "socket"),
+    "credentials": Layer("crls snapshot", "cryptography"),
+    "crls": Layer("identity snapshot", "cryptography"),
+    "dn": Layer("", "cryptography"),
+    "rule": Layer("dn errors identity"),
+    "snapshot": Layer("errors settings"),
     "transport": Layer("errors", "trio ssl socket"),
     "nbd": Layer(pure=True),
     "nbd.haggling": Layer(

@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from gateway.pki import CertificateAuthority, Credential, PkiError, check_server_name
+from gateway.pki import (
+    CertificateAuthority,
+    Credential,
+    KeyType,
+    PkiError,
+    check_server_name,
+    general_name,
+)
+from gateway.pki_keys import name_of
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -174,7 +182,124 @@ def test_a_revocation_list(authority: CertificateAuthority) -> None:
     )
 
 
+def test_a_revocation_list_keeps_dates_and_its_number_rises(
+    authority: CertificateAuthority,
+) -> None:
+    since = {9: NOW - 40 * DAY, 3: NOW - DAY}
+    crl = x509.load_pem_x509_crl(authority.revoke_list(since, NOW, 30, after=10**12))
+    assert {each.serial_number: each.revocation_date_utc for each in crl} == since
+    number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    assert number == 10**12 + 1
+
+
+# ---------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("kind", KeyType)
+@pytest.mark.parametrize("signer", [KeyType.EC_P384, KeyType.ED25519, KeyType.RSA_3072])
+def test_every_key_type_signs_every_other(signer: KeyType, kind: KeyType) -> None:
+    authority = CertificateAuthority.create("CA", key_type=signer)
+    server = authority.issue_server(["h"], key_type=kind)
+    client = authority.issue_client("c", key_type=kind)
+    hashed = {KeyType.EC_P384: hashes.SHA384, KeyType.RSA_3072: hashes.SHA256}
+    for each in (authority, server, client):
+        each.certificate.verify_directly_issued_by(authority.certificate)
+        algorithm = each.certificate.signature_hash_algorithm
+        assert isinstance(algorithm, hashed.get(signer, type(None)))
+    for each in (server, client):
+        assert name_of(each.certificate.public_key()) == kind
+        # RFC 9295: a key that can only sign is not marked as one that encrypts.
+        encipher = set() if kind is KeyType.ED25519 else {"key_encipherment"}
+        assert key_usage(each) == {"digital_signature"} | encipher
+    crl = x509.load_pem_x509_crl(authority.revoke_list([1]))
+    assert crl.is_signature_valid(authority.certificate.public_key())  # type: ignore[arg-type]
+
+
+def test_an_authority_that_was_issued_before(authority: CertificateAuthority) -> None:
+    again = CertificateAuthority.of_files(authority.certificate, authority.key)
+    again.issue_client("c").certificate.verify_directly_issued_by(authority.certificate)
+    leaf, other = authority.issue_client("c"), CertificateAuthority.create("other")
+    for certificate, key, why in (
+        (leaf.certificate, leaf.key, "not the certificate of a CA that signs"),
+        (other.certificate, authority.key, "not that of the certificate"),
+        (bare(leaf).certificate, leaf.key, "not the certificate of a CA: No"),
+    ):
+        with pytest.raises(PkiError, match=why):
+            CertificateAuthority.of_files(certificate, key)
+
+
+def bare(of: Credential) -> Credential:
+    """The same certificate without an extension, signed by itself."""
+    old = of.certificate
+    builder = x509.CertificateBuilder(
+        *(old.issuer, old.subject, old.public_key(), old.serial_number),
+        *(old.not_valid_before_utc, old.not_valid_after_utc),
+    )
+    return Credential(builder.sign(of.key, hashes.SHA256()), of.key)
+
+
+def test_an_authority_without_a_key_identifier() -> None:
+    """As other tools make them."""
+    own = CertificateAuthority.create("CA")
+    old = own.certificate
+    builder = x509.CertificateBuilder(
+        *(old.issuer, old.subject, old.public_key(), old.serial_number),
+        *(old.not_valid_before_utc, old.not_valid_after_utc),
+    )
+    for kind in (x509.BasicConstraints, x509.KeyUsage):
+        builder = builder.add_extension(extension(own, kind), critical=True)
+    made = CertificateAuthority.of_files(builder.sign(own.key, hashes.SHA256()), own.key)
+    found = extension(made.issue_client("c"), x509.AuthorityKeyIdentifier)
+    assert found == x509.AuthorityKeyIdentifier.from_issuer_public_key(old.public_key())  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("dns=Vm1.Example", x509.DNSName("vm1.example")),
+        ("vm1", x509.DNSName("vm1")),
+        ("*.example.com", x509.DNSName("*.example.com")),
+        ("192.0.2.1", x509.IPAddress(ip_address("192.0.2.1"))),
+        ("ip=::1", x509.IPAddress(ip_address("::1"))),
+        ("uri=urn:x:y", x509.UniformResourceIdentifier("urn:x:y")),
+        ("spiffe://a/b?c=d@e", x509.UniformResourceIdentifier("spiffe://a/b?c=d@e")),
+        ("Me@Example.com", x509.RFC822Name("Me@example.com")),
+        ("email=a+b@c.example", x509.RFC822Name("a+b@c.example")),
+    ],
+)
+def test_subject_alternative_names(text: str, kept: x509.GeneralName) -> None:
+    assert general_name(text) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "not a DNS name"),
+        ("dns=", "not a DNS name"),
+        ("dns=192.0.2.1", "not what dns= stands for"),
+        ("ip=vm1", "not what ip= stands for"),
+        ("uri=vm1", "not a URI"),
+        ("uri=a: b", "not a URI"),
+        ("email=vm1", "not an email address"),
+        ("@vm1", "not an email address"),
+        ("a@b@c", "not an email address"),
+        ("a b@c", "not an email address"),
+        ("a@b_c", "not a DNS name"),
+        ("cn=vm1", "not a DNS name"),
+    ],
+)
+def test_bad_subject_alternative_names(text: str, why: str) -> None:
+    with pytest.raises(PkiError, match=why):
+        general_name(text)
+
+
+@pytest.mark.parametrize("text", ["vm1", "192.0.2.1"])
+def test_a_client_is_a_host_only_if_that_is_said(text: str) -> None:
+    with pytest.raises(PkiError, match="say dns=NAME or ip=ADDRESS"):
+        general_name(text, bare_hosts=False)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +350,7 @@ def test_bad_server_names(name: str, why: str, authority: CertificateAuthority) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\nb", "\0", "x" * 65, "ü" * 33])
+@pytest.mark.parametrize("name", ["", " ", " a", "a ", "a\nb", "\0", "x" * 65, "ü" * 33])
 def test_bad_client_names(name: str, authority: CertificateAuthority) -> None:
     with pytest.raises(PkiError, match="name"):
         authority.issue_client(name)

@@ -13,8 +13,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.listeners import Listeners
 from gateway.places import Place, Places
-from gateway.server import Part, Server, make_context, open_listeners, uris
+from gateway.server import Part, Server, open_listeners, uris
 from gateway.settings import ListenUnix, Settings
+from gateway.trust import load_trust
 from gateway.workers import Post
 from tests import server_rig
 from tests.server_rig import Clients, in_thread, is_waiting, messages, read_works
@@ -32,11 +33,12 @@ class Worker:
         self.listeners: Listeners = open_listeners(settings)
         self.other = Place(places, 1)
         self.place = Place(places, 0)
-        part = Part(make_context(settings), self.listeners.shared(), Post(7, self.place, -1))
+        trust = load_trust(settings)
+        part = Part(trust, self.listeners.shared(), Post(7, self.place, -1))
         self.server = Server(settings, part)
         self.drained: bool | None = None
         self.ended = trio.Event()
-        (self.uri,) = uris(settings, self.listeners)
+        (self.uri,) = uris(settings, self.listeners, trust)
 
     async def run(self, task_status: trio.TaskStatus[list[str]]) -> None:
         self.drained = await self.server.run(handle_signals=False, task_status=task_status)

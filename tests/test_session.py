@@ -16,11 +16,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.nbd.haggling import Haggling
 from gateway.nbd.handshake import Handshake
-from gateway.nbd.negotiation import Ask, Greeting, PlainHaggling, Send
-from gateway.nbd.pairing import ListExports
+from gateway.nbd.negotiation import Greeting, PlainHaggling
 from gateway.nbd.upgrades import ALL_UPGRADES, NO_UPGRADES, Upgrade
 from gateway.nbd.wire import option_reply
-from gateway.session import _joined
 from gateway.upstream import Upstream
 from tests import session_rig
 from tests.session_rig import DISC, Front, Log, in_thread, over, read_works
@@ -97,15 +95,6 @@ async def test_replies_to_one_option_come_in_one_record(front: Front, opt: Opt) 
     assert len(raw) == 20 + 12 + 20
 
 
-def test_only_neighbours_are_joined() -> None:
-    one, two, three = Send(b"one"), Send(b"two"), Send(b"three")
-    ask = Ask(ListExports())
-    assert list(_joined([])) == []
-    assert list(_joined([one])) == [one]
-    assert list(_joined([one, two, ask])) == [Send(b"onetwo"), ask]
-    assert list(_joined([ask, one, two, ask, three])) == [ask, Send(b"onetwo"), ask, three]
-
-
 async def test_nothing_of_the_negotiation_is_kept(front: Front) -> None:
     """An open disk may be idle for months, and there may be thousands of them."""
     kinds = {Greeting, PlainHaggling, Haggling, Upstream, Handshake}
@@ -145,7 +134,7 @@ async def test_read_only(front: Front, fake: FakeUpstream, log: Log) -> None:
 
 async def test_without_tls(front: Front, log: Log) -> None:
     """On the same port, in the clear: for loopback, as --tls off has it."""
-    front.context = None
+    front.switch_tls_off()
     client = await front.greeted()
     assert await in_thread(client.verdict, Opt.STARTTLS) in (Rep.ERR_POLICY, Rep.ERR_UNSUP)
     await in_thread(client.go)
@@ -312,12 +301,12 @@ async def test_who_has_proved_nothing_may_be_put_out(front: Front, log: Log) -> 
     assert front.sessions[0].unproven_s == 0
     await over(front, client)
     assert log.end == "handshake timeout"
-    assert log.closed["detail"] == "others wait for its place"
+    assert log.closed["detail"] == "timeout: others wait for its place"
 
 
 async def test_who_is_inside_tls_is_safe(front: Front) -> None:
     await front.inside()
     await front.opened()
-    front.context = None
+    front.switch_tls_off()
     await front.greeted()
     assert [one.unproven_s for one in front.sessions] == 3 * [0]

@@ -21,6 +21,7 @@ from tests.support.rawclient import (
     PeerClosedError,
     Rep,
     Request,
+    client_hello,
     info_data,
     option,
     tls_context,
@@ -45,6 +46,7 @@ async def test_probe(front: Front, log: Log, how: str) -> None:
     client.close()
     await front.ended()
     assert log.end == "probe"
+    assert log.closed["detail"] == "probe: it sent nothing"
 
 
 async def test_client_leaves_in_the_greeting(front: Front, log: Log) -> None:
@@ -60,11 +62,22 @@ async def test_client_leaves_before_tls(front: Front, log: Log) -> None:
     client.close()
     await front.ended()
     assert log.end == "client left without a word"
+    assert log.closed["detail"] == "eof_before_hello: it left before it asked for TLS"
 
 
-async def test_client_leaves_in_the_handshake(front: Front, log: Log) -> None:
+async def test_client_leaves_behind_starttls(front: Front, log: Log) -> None:
     client = await front.greeted()
     assert await in_thread(client.verdict, Opt.STARTTLS) == Rep.ACK
+    client.close()
+    await front.ended()
+    assert log.end == "TLS handshake failed"
+    assert log.closed["detail"] == "eof_before_hello: it left before it began TLS"
+
+
+async def test_client_leaves_inside_the_handshake(front: Front, log: Log, pki: Path) -> None:
+    client = await front.greeted()
+    assert await in_thread(client.verdict, Opt.STARTTLS) == Rep.ACK
+    client.send(client_hello(tls_context(pki))[:40])
     client.close()
     await front.ended()
     assert log.end == "TLS handshake failed"
@@ -137,6 +150,7 @@ async def test_plaintext_client(front: Front, log: Log) -> None:
     client.close()
     await front.ended()
     assert log.end == "plaintext client"
+    assert log.closed["detail"] == "plaintext_client: it asked for an export without TLS"
 
 
 async def test_plaintext_client_of_the_old_option(front: Front, log: Log) -> None:

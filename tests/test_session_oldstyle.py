@@ -11,9 +11,11 @@ import threading
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway.access import Rules
 from gateway.nbd.upgrades import NO_UPGRADES
 from gateway.session import Session
 from gateway.settings import Settings
+from gateway.trust import Keeper, Trust
 from tests import session_rig
 from tests.session_rig import DISC, Front, Log, in_thread, over, read_works
 from tests.support.fake_upstream import ALL_FEATURES, MIB, FakeUpstream, Link, Script, pattern
@@ -46,7 +48,7 @@ def settings(fake: FakeUpstream) -> Settings:
 
 @pytest.fixture(autouse=True)
 def plain(front: Front) -> None:
-    front.context = None
+    front.switch_tls_off()
 
 
 class Held(Script):
@@ -298,7 +300,7 @@ async def test_shutdown_before_the_session_runs(settings: Settings, fake: FakeUp
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        session = Session(ours, "a client", "1", settings, None)
+        session = Session(ours, "a client", "1", settings, Keeper(Trust(None, Rules())))
         session.shutdown()
         await session.run()
         assert theirs.recv(1) == b""

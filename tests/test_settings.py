@@ -1,4 +1,4 @@
-"""gateway.settings: what `--listen` takes, what a Unix socket's path may be, and `--tls-dir`."""
+"""gateway.settings: what `--listen` takes, Unix sockets' paths, `--tls-dir`, rules that fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.access import ExportRules, Rule, Rules, parse_network
 from gateway.errors import SettingsError
 from gateway.nbd.upgrades import Upgrade
 from gateway.settings import (
@@ -183,6 +184,10 @@ def test_defaults() -> None:
     assert settings.workers == 1
     assert settings.handshake_timeout_s == 10
     assert settings.drain_timeout_s == 30
+    assert settings.rules == Rules()
+    assert settings.on_revoke == "close"
+    assert settings.reload_interval_s == 10
+    assert settings.config is None
 
 
 def test_settings_do_not_change() -> None:
@@ -199,6 +204,138 @@ def test_oldstyle_has_one_export_and_no_tls(tmp_path: Path) -> None:
         Settings("s", files, oldstyle=True)
     with pytest.raises(SettingsError, match=r"^--oldstyle has one export .* --any-export"):
         Settings("s", None, oldstyle=True, export=None)
+
+
+@pytest.mark.parametrize("flag", ["handshake-timeout", "drain-timeout", "reload-interval"])
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_no_numbers_of_seconds(flag: str, seconds: float) -> None:
+    field = flag.replace("-", "_") + "_s"
+    with pytest.raises(SettingsError, match=f"^--{flag}: {seconds} is no number of seconds$"):
+        Settings("s", None, **{field: seconds})  # type: ignore[arg-type]
+    assert getattr(Settings("s", None, **{field: 0.0}), field) == 0  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- TLSSettings
+
+FILE = Path("file")
+
+
+@pytest.mark.parametrize(("cert", "key", "flag"), [(None, FILE, "--cert"), (FILE, None, "--key")])
+def test_a_certificate_has_a_key(cert: Path | None, key: Path | None, flag: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{flag} FILE is missing .*--tls-dir .*--psk-file"):
+        TLSSettings(cert, key, None)
+
+
+@pytest.mark.parametrize("field", ["cert", "key", "client_ca", "crl", "key_password"])
+def test_pre_shared_keys_go_with_no_certificate(field: str) -> None:
+    nothing = TLSSettings(None, None, None, psk=FILE)
+    with pytest.raises(SettingsError, match=r"^--psk-file goes with no certificate, key, CA"):
+        dataclasses.replace(nothing, **{field: FILE})
+
+
+def test_a_crl_is_about_a_ca() -> None:
+    with pytest.raises(SettingsError, match=r"^--crl goes with --client-ca, not with --allow-anon"):
+        TLSSettings(FILE, FILE, None, FILE)
+
+
+# ---------------------------------------------------------------- rules that nobody can fit
+
+OFF, ANONYMOUS = None, TLSSettings(FILE, FILE, None)
+CERTIFICATES, KEYS = TLSSettings(FILE, FILE, FILE), TLSSettings(None, None, None, psk=FILE)
+TCP, UNIX, SYSTEMD = ListenTCP("::1", 0), ListenUnix("l"), ListenSystemd(None)
+ABOUT = {  # a rule of each kind
+    "cn": "cn=a",
+    "dn": "dn=CN=a",
+    "dns": "dns=a",
+    "uri": "uri=a:b",
+    "email": "email=a@b",
+    "sha256": "sha256=" + 64 * "0",
+    "spki": "spki=" + 64 * "0",
+    "psk": "psk=a",
+    "uid": "uid=0",
+}
+CERTIFICATE_KINDS = ABOUT.keys() - {"psk", "uid"}
+
+
+def ways_to_use(rule: Rule) -> dict[str, Rules]:
+    """Every place in which a rule may stand, and what is said to be its place."""
+    return {
+        "--allow": Rules(allow=(rule,)),
+        "--deny": Rules(deny=(rule,)),
+        "[[export]] 'a': ": Rules(exports=(ExportRules("a", read_write=(rule,)),)),
+        "[[export]] 'b': ": Rules(exports=(ExportRules("b", read_only=(rule,)),)),
+        "[[export]] 'c': ": Rules(exports=(ExportRules("d"), ExportRules("c", deny=(rule,)))),
+    }
+
+
+@pytest.mark.parametrize("kind", ABOUT)
+@pytest.mark.parametrize(
+    ("tls", "listen", "kinds"),
+    [
+        (OFF, (TCP,), set()),
+        (OFF, (UNIX,), {"uid"}),
+        (OFF, (SYSTEMD,), {"uid"}),
+        (OFF, (UNIX, TCP), set()),
+        (ANONYMOUS, (TCP,), set()),
+        (ANONYMOUS, (UNIX,), {"uid"}),
+        (ANONYMOUS, (SYSTEMD, UNIX), {"uid"}),
+        (ANONYMOUS, (TCP, UNIX), set()),
+        (CERTIFICATES, (TCP,), CERTIFICATE_KINDS),
+        (CERTIFICATES, (UNIX,), {"uid", *CERTIFICATE_KINDS}),
+        (CERTIFICATES, (TCP, UNIX), {"uid", *CERTIFICATE_KINDS}),
+        (CERTIFICATES, (TCP, SYSTEMD), {"uid", *CERTIFICATE_KINDS}),
+        (KEYS, (TCP,), {"psk"}),
+        (KEYS, (UNIX,), {"psk", "uid"}),
+        (KEYS, (TCP, SYSTEMD), {"psk", "uid"}),
+    ],
+)
+def test_a_rule_is_about_what_clients_can_prove(
+    tls: TLSSettings | None, listen: tuple[Listen, ...], kinds: set[str], kind: str
+) -> None:
+    """A rule that never matches is a gate that is open, or shut, for good: said at the start."""
+    rule = Rule.parse("", ABOUT[kind])
+    for place, rules in ways_to_use(rule).items():
+        if kind in kinds:
+            assert Settings("s", tls, listen, rules=rules).rules == rules
+            continue
+        with pytest.raises(SettingsError) as refused:
+            Settings("s", tls, listen, rules=rules)
+        assert str(refused.value).startswith(f"{place.strip()} {rule}: ")
+
+
+@pytest.mark.parametrize(
+    ("tls", "listen", "text", "remedy"),
+    [
+        (OFF, TCP, "cn=a", "--tls off"),
+        (OFF, UNIX, "psk=a", "--tls off"),
+        (ANONYMOUS, TCP, "cn=a", "--client-ca FILE"),
+        (CERTIFICATES, TCP, "psk=a", "--psk-file FILE"),
+        (KEYS, TCP, "cn=a", "psk=NAME"),
+        (CERTIFICATES, TCP, "uid=0", "--listen unix:PATH"),
+    ],
+)
+def test_remedies(tls: TLSSettings | None, listen: Listen, text: str, remedy: str) -> None:
+    with pytest.raises(SettingsError, match=remedy):
+        Settings("s", tls, (listen,), rules=Rules(allow=(Rule.parse("", text),)))
+
+
+@pytest.mark.parametrize("flag", ["--allow-from", "--deny-from"])
+def test_addresses_are_those_of_tcp_clients(flag: str) -> None:
+    networks = (parse_network(flag, "192.0.2.0/24"),)
+    rules = Rules(**{flag[2:].replace("-", "_"): networks})  # type: ignore[arg-type]
+    for listen in ((TCP,), (UNIX, TCP), (SYSTEMD,)):
+        assert Settings("s", None, listen, rules=rules).rules == rules
+    with pytest.raises(SettingsError, match=f"^{flag} 192.0.2.0/24: .*--listen HOST:PORT"):
+        Settings("s", None, (UNIX, UNIX), rules=rules)
+
+
+def test_tables_say_which_exports_there_are() -> None:
+    rules = Rules(exports=(ExportRules("disk"),))
+    assert Settings("s", None, rules=rules, read_only=True).rules == rules
+    with pytest.raises(SettingsError, match=r"^--any-export goes with no \[\[export\]\]"):
+        Settings("s", None, rules=rules, export=None)
+    with pytest.raises(SettingsError, match=r"^--oldstyle goes with no \[\[export\]\]"):
+        Settings("s", None, rules=rules, oldstyle=True)
 
 
 # ---------------------------------------------------------------- --tls-dir

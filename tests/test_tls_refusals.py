@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -12,9 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import CertificateBuilder, Name
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from gateway.credentials import Clients, clients, own
+from gateway.crls import CRL
 from gateway.errors import SettingsError
 from gateway.pki import CertificateAuthority, Credential
-from gateway.tls import refusal, server_context
+from gateway.snapshot import Snapshot
+from gateway.tls import context_of, refusal, server_context
 from tests import tls_rig
 from tests.tls_rig import BOTH_VERSIONS, DAY, NOW, Files, Shake, shake
 
@@ -187,10 +191,17 @@ def test_crl_inside_the_ca_file(
     assert shake(server_context(files.settings()), files.client_context(client)) == "revoked"
 
 
-def test_stale_crl_lets_nobody_in(
+def loaded_at(files: Files, crl: bytes, now: datetime) -> ssl.SSLContext:
+    """As of a gateway that was started at that time."""
+    snapshot = Snapshot.take(files.settings(crl=files.put("ca-crl.pem", crl)))
+    return context_of(own(snapshot), clients(snapshot, now), "1.2")
+
+
+def test_crl_that_has_expired_meanwhile_lets_nobody_in(
     files: Files, authority: CertificateAuthority, client: Credential
 ) -> None:
-    context = with_crl(files, authority.revoke_list([], NOW - 60 * DAY))
+    then = NOW - 60 * DAY
+    context = loaded_at(files, authority.revoke_list([], then), then)
     with Shake(context, files.client_context(client)) as handshake:
         assert handshake.reason == "crl_expired"
         assert handshake.server_error is not None
@@ -200,12 +211,18 @@ def test_stale_crl_lets_nobody_in(
 def test_crl_of_the_future_lets_nobody_in(
     files: Files, authority: CertificateAuthority, client: Credential
 ) -> None:
-    context = with_crl(files, authority.revoke_list([], NOW + DAY))
+    context = loaded_at(files, authority.revoke_list([], NOW + DAY), NOW + DAY)
     assert shake(context, files.client_context(client)) == "crl_not_yet_valid"
 
 
-def test_crl_of_another_ca_lets_nobody_in(files: Files, client: Credential) -> None:
-    context = with_crl(files, CertificateAuthority.create("another CA").revoke_list([]))
+def test_crl_of_another_ca_does_not_stand_in(files: Files, client: Credential) -> None:
+    """Whose list is missing is known before the first client; this is what OpenSSL makes of it."""
+    snapshot = Snapshot.take(files.settings())
+    other = CertificateAuthority.create("another CA")
+    ours = clients(snapshot, NOW)
+    assert ours is not None
+    crl = CRL(b"", frozenset(), None, other.revoke_list([]))
+    context = context_of(own(snapshot), Clients(ours.cas, (crl,)), "1.2")
     assert shake(context, files.client_context(client)) == "no_crl"
 
 
@@ -214,5 +231,5 @@ def test_crl_that_cannot_be_used(content: bytes | None, files: Files) -> None:
     path = files.folder / "ca-crl.pem"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SettingsError, match=r"^ca-crl\.pem: .*/ca-crl\.pem"):
+    with pytest.raises(SettingsError, match=r"^--crl: .*/ca-crl\.pem"):
         server_context(files.settings(crl=path))

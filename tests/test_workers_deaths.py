@@ -118,16 +118,18 @@ def test_a_stuck_worker_keeps_nobody_out(pki: Path, crew: Start, stack: ExitStac
 def test_a_replacement_needs_no_files(
     pki: Path, fake: FakeUpstream, stack: ExitStack, tmp_path: Path
 ) -> None:
-    """What was read at the start is enough: privileges may have been dropped, files be gone."""
+    """What was read at the start is enough as long as nothing newer has been loaded: privileges
+    may have been dropped, files be gone."""
     files = tmp_path / "tls"
     shutil.copytree(pki, files)
     flags = ("--socket", fake.path, "--listen", "127.0.0.1:0", "--workers", "2")
-    with Crew("--tls-dir", files, *flags) as running:
+    with Crew("--tls-dir", files, *flags, faults_allowed=True) as running:
         shutil.rmtree(files)
         for number in (1, 2):
             os.kill(running.pids[number], signal.SIGKILL)
         for number in (3, 4):
             running.wait_worker(number)
+            assert f"worker {number}: the files cannot be used, those of the start" in running.log()
         read_works(stack.enter_context(opened(running, pki)))
         stack.close()
 

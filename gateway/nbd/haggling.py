@@ -5,6 +5,8 @@ proto.md, "Option types". Before TLS see `negotiation`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from gateway.errors import SessionEnd
 from gateway.nbd.constants import (
     EXPORT_NAME_ZEROES,
@@ -184,27 +186,27 @@ class Haggling:
         return [Close(SessionEnd.SHUTDOWN if self._shutdown else SessionEnd.REFUSED)]
 
     def _open(self, message: Option, name: str, infos: tuple[int, ...]) -> list[Effect]:
-        upstream_name = self._policy.upstream_name(name)
+        export = self._policy.find(name)
         self._asked_name = name
-        if upstream_name is None:
+        if export is None:  # not there, or not for this client: nobody is asked
             return self._no_export(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)
         once = tuple(dict.fromkeys(infos))  # "MUST NOT include any ... more than once", we neither
         go = message.number != Opt.INFO
         learn = Upgrade.BLOCK_SIZE in self._policy.upgrades and Info.BLOCK_SIZE not in once
-        return self._ask(message, Open(upstream_name, once, go, learn_sizes=go and learn))
+        return self._ask(message, Open(export.name, once, go, learn_sizes=go and learn))
 
     def _query_contexts(self, message: Option) -> list[Effect]:
         select = message.number == Opt.SET_META_CONTEXT
         if select and not (self._structured or self._extended):
             raise Malformed(CHUNKS_FIRST)  # to list them is only a "SHOULD NOT": see `_queried`
         query = unpack_meta_query(message.data)
-        upstream_name = self._policy.upstream_name(query.name)
-        if upstream_name is None:
+        export = self._policy.find(query.name)
+        if export is None:
             return [refusal(message, Rep.ERR_UNKNOWN, NO_SUCH_EXPORT)]
         self._asked_name = query.name
         if self._structured and not self._chunks_below:  # ours: none to list or to select
             return [Send(option_reply(message.number, Rep.ACK))]
-        return self._ask(message, QueryContexts(upstream_name, query.queries, select))
+        return self._ask(message, QueryContexts(export.name, query.queries, select))
 
     # -- answers of the upstream
 
@@ -232,24 +234,25 @@ class Haggling:
                 return self._opened(message, answer)
 
     def _listed(self, message: Option, answer: Answer) -> list[Effect]:
-        configured = self._policy.name
-        match answer:
-            case Listed(exports) if configured is None:
-                listed = exports
-            case Listed(exports):
-                listed = tuple(one for one in exports if one.name == configured)
-            case Unavailable() if configured is None:
-                return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
-            case Refused(kind=Rep.ERR_POLICY | Rep.ERR_PLATFORM | Rep.ERR_SHUTDOWN as kind) if (
-                configured is None
-            ):  # it knows how to list, and does not do it now
-                return [refusal(message, Rep(kind), "the NBD server does not list its exports")]
-            case _:  # an upstream that cannot list, or one whose list does not matter
-                listed = ()
-        if not listed and (configured is not None or not isinstance(answer, Listed)):
-            listed = (ListedExport(configured or "", ""),)
-        replies = [option_reply(Opt.LIST, Rep.SERVER, pack_listed_export(one)) for one in listed]
-        return [Send(reply) for reply in (*replies, option_reply(Opt.LIST, Rep.ACK))]
+        offered = self._policy.exports
+        if isinstance(answer, Listed) and offered is None:
+            return _list(answer.exports)
+        if offered is None:
+            match answer:
+                case Unavailable():
+                    return [refusal(message, Rep.ERR_UNKNOWN, UPSTREAM_UNAVAILABLE)]
+                case Refused(kind=Rep.ERR_POLICY | Rep.ERR_PLATFORM | Rep.ERR_SHUTDOWN as kind):
+                    # It knows how to list, and does not do it now.
+                    return [refusal(message, Rep(kind), "the NBD server does not list its exports")]
+                case _:
+                    return _list((ListedExport("", ""),))
+        named = tuple(ListedExport(one.name, "") for one in offered)
+        if not isinstance(answer, Listed):  # it cannot list, or not now: we know the names
+            return _list(named)
+        found = {one.name: one for one in reversed(answer.exports)}
+        listed = tuple(found[one.name] for one in offered if one.name in found)
+        # A server need not list its only export, and the one in the settings is there for sure.
+        return _list(listed or named if self._policy.table is None else listed)
 
     def _queried(self, message: Option, answer: Answer) -> list[Effect]:
         match answer:
@@ -306,12 +309,13 @@ class Haggling:
 
         The upstream was asked what the client asked; what it volunteers is for the client as well.
         """
+        mine = self._policy.find(self._asked_name)
         infos = [pack_info_export(terms.size, terms.flags)]
         if export.block_sizes is not None:
             infos.append(pack_info_block_size(terms.block_sizes))
         for kind, data in export.infos:
-            if kind == Info.NAME and self._policy.name is not None:
-                data = pack_info_text(Info.NAME, self._policy.name)
+            if kind == Info.NAME and mine and self._policy.exports is not None:
+                data = pack_info_text(Info.NAME, mine.name)
             infos.append(data)
         replies = [option_reply(message.number, Rep.INFO, info) for info in infos]
         return [*replies, option_reply(message.number, Rep.ACK)]
@@ -335,6 +339,11 @@ class Haggling:
     def _enter(self, terms: Terms) -> EnterTransmission:
         self._done = True
         return EnterTransmission(terms)
+
+
+def _list(exports: Iterable[ListedExport]) -> list[Effect]:
+    replies = [option_reply(Opt.LIST, Rep.SERVER, pack_listed_export(one)) for one in exports]
+    return [Send(reply) for reply in (*replies, option_reply(Opt.LIST, Rep.ACK))]
 
 
 def _no_data(message: Option) -> None:

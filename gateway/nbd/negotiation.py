@@ -2,11 +2,13 @@
 
 Three machines, one after the other, each with its own inbox: what was said before TLS has no way
 into what is said after it (proto.md, NBD_OPT_STARTTLS: "MUST NOT preserve any negotiation state").
+The third is `Haggling`, or `Barred` for a client that may open nothing.
 `receive` appends, steps until nothing more is whole, and returns the effects in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gateway.errors import PeerError, SessionEnd
@@ -37,11 +39,13 @@ MAX_PLAIN_OPTIONS = 32  # before TLS: one is enough, and clients that probe send
 MAX_OPTIONS = 4096  # inside TLS: some clients ask for each export by itself
 
 TLS_REQUIRED = "this server speaks NBD over TLS only: use nbds://, tls-creds= or -certfile"
+TLS_TOO_EARLY = "TLS from its first byte: NBD turns it on by itself, so no stunnel or the like"
 SHUTTING_DOWN = "this gateway is shutting down"
 
 # Plain ints: an operation on an IntFlag is a dozen calls, and its `~` is the complement within its
 # members, not of all bits.
 _KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+_TLS_HANDSHAKE = b"\x16\x03"  # how a TLS record with a ClientHello begins
 _FIXED_NEWSTYLE, _NO_ZEROES = int(ClientFlag.FIXED_NEWSTYLE), int(ClientFlag.NO_ZEROES)
 
 
@@ -112,6 +116,8 @@ class Greeting:
         if (raw := self._inbox.take(CLIENT_FLAGS.size)) is None:
             return []
         (flags,) = CLIENT_FLAGS.unpack(raw)
+        if raw.startswith(_TLS_HANDSHAKE):
+            raise PeerError("client", TLS_TOO_EARLY)
         if flags & ~_KNOWN_FLAGS:
             raise PeerError("client", f"unknown client flags {flags:#x}")
         if self._tls_required and not flags & _FIXED_NEWSTYLE:
@@ -215,6 +221,61 @@ class PlainHaggling:
                 return [refusal(message, Rep.ERR_TLS_REQD, TLS_REQUIRED)]
 
 
+class Barred:
+    """In place of `Haggling`, for a client that is known and may open nothing at all.
+
+    Every option but ABORT is refused in words, whatever is in it. No effect is an `Ask`, so nobody
+    is asked, and no option data is stored.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._options = Options(max_data=0, max_options=MAX_PLAIN_OPTIONS)
+        self._done = False
+        self._shutdown = False
+
+    def receive(self, data: bytes) -> list[Effect]:
+        """Take bytes from the client, TLS taken off. Raises PeerError."""
+        self._options.inbox.append(data)
+        effects: list[Effect] = []
+        while not self._done and (message := self._options.next()) is not None:
+            effects += self._step(message)
+        return effects
+
+    def shutdown(self) -> None:
+        """From now on every option but ABORT is answered NBD_REP_ERR_SHUTDOWN."""
+        self._shutdown = True
+
+    def _step(self, message: Option) -> list[Effect]:
+        match message.number:
+            case Opt.ABORT:
+                self._done = True
+                ack = Send(option_reply(Opt.ABORT, Rep.ACK))
+                return [ack, Close(SessionEnd.NOT_ALLOWED)]
+            case Opt.EXPORT_NAME:  # has no error reply: hanging up is the only "no"
+                self._done = True
+                return [Close(SessionEnd.NOT_ALLOWED)]
+            case _ if self._shutdown:
+                return [refusal(message, Rep.ERR_SHUTDOWN, SHUTTING_DOWN)]
+            case _:
+                return [refusal(message, Rep.ERR_POLICY, self._text)]
+
+
 def refusal(message: Option, kind: Rep, text: str) -> Send:
-    """An error reply. The text is always ours: never a peer's bytes."""
+    """An error reply. The text is ours, never a peer's bytes as they came."""
     return Send(option_reply(message.number, kind, text.encode()))
+
+
+def joined(effects: list[Effect]) -> Iterator[Effect]:
+    """The same, with neighbouring `Send`s in one: each costs a system call and a TLS record."""
+    words: list[bytes] = []
+    for effect in effects:
+        if isinstance(effect, Send):
+            words.append(effect.data)
+            continue
+        if words:
+            yield Send(b"".join(words))
+            words.clear()
+        yield effect
+    if words:
+        yield Send(b"".join(words))

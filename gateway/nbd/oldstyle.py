@@ -19,6 +19,7 @@ class OldstyleHaggling:
 
     def __init__(self, policy: ExportPolicy) -> None:
         assert policy.name is not None, "an oldstyle client cannot name an export"
+        assert policy.table is None, "an oldstyle client cannot name an export"
         self._policy = policy
         self._name = policy.name
         self._shutdown = False

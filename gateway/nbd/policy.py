@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.nbd.constants import TransmissionFlag
 from gateway.nbd.pairing import Granted, Terms
@@ -42,19 +42,56 @@ _CARRIED_FEATURES = int(
 )
 
 
+class Export(NamedTuple):
+    """One export that a client may open. The name is the upstream's, and the client's."""
+
+    name: str
+    read_only: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ExportPolicy:
-    """Which exports a client may open, and how. `name` None passes every name through."""
+    """Which exports a client may open, and how.
+
+    Either one, `name`, which is also what the empty name stands for; or with `name` None any, by
+    its own name; or those in `table`, which goes before `name`: each by its own name only.
+    A client that may open nothing has no policy: see `negotiation.Barred`.
+    """
 
     name: str | None = ""
-    read_only: bool = False
+    read_only: bool = False  # whatever is opened by `name`
     upgrades: frozenset[Upgrade] = NO_UPGRADES
+    table: tuple[Export, ...] | None = None
 
-    def upstream_name(self, asked: str) -> str | None:
-        """The upstream's name for what a client asked for; None if there is no such export."""
+    def find(self, asked: str) -> Export | None:
+        """What a client means by this name; None if there is no such export, or not for it."""
+        if self.table is not None:
+            return next((one for one in self.table if one.name == asked), None)
         if self.name is None:
-            return asked
-        return self.name if asked in ("", self.name) else None
+            return Export(asked, self.read_only)
+        return Export(self.name, self.read_only) if asked in ("", self.name) else None
+
+    @property
+    def exports(self) -> tuple[Export, ...] | None:
+        """All there are, in the order of a list; None: whatever the upstream has."""
+        if self.table is not None:
+            return self.table
+        return None if self.name is None else (Export(self.name, self.read_only),)
+
+    def opens(self, export: Export) -> bool:
+        """Whether this very export may still be opened, with no less a right than this."""
+        found = self.find(export.name)
+        return (
+            found is not None
+            and found.name == export.name
+            and (export.read_only or not found.read_only)
+        )
+
+    def covers(self, other: ExportPolicy) -> bool:
+        """Whether all that may be opened by the other may be opened by this."""
+        if other.exports is None:
+            return self.exports is None and (other.read_only or not self.read_only)
+        return all(self.opens(one) for one in other.exports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +114,23 @@ def agree(
 ) -> Terms:
     """What the client is told and what the upstream does, of one export that it granted.
 
-    Without `go` it is only described, and contexts may still be selected for it.
+    `name` is as the client asked for it. Without `go` the export is only described, and contexts
+    may still be selected for it.
     """
+    found = policy.find(name)
+    assert found is not None, "an export that this client may not open"
     # Sizes that were only learnt bind nobody; the payload is taken apart all the same.
     told = export.block_sizes or DEFAULT_BLOCK_SIZES
     return Terms(
         export=name,
         size=export.size,
-        flags=_told_flags(policy, export.flags, replies, filters=bool(contexts) or not go),
+        flags=_told_flags(
+            export.flags,
+            policy.upgrades,
+            replies,
+            read_only=found.read_only,
+            filters=bool(contexts) or not go,
+        ),
         structured_replies=replies.structured,
         extended_headers=replies.extended,
         contexts=contexts,
@@ -99,23 +145,28 @@ def agree(
 
 
 def _told_flags(
-    policy: ExportPolicy, upstream: int, replies: Replies, *, filters: bool
+    upstream: int,
+    upgrades: frozenset[Upgrade],
+    replies: Replies,
+    *,
+    read_only: bool,
+    filters: bool,
 ) -> TransmissionFlag:
     """What can be offered, less what was not negotiated or may not be used.
 
     With `filters` there are, or may yet be, meta contexts for a client to filter.
     """
-    if policy.read_only:
+    if read_only:
         upstream |= _READ_ONLY
-    flags = offered_flags(upstream, policy.upgrades) & _CARRIED_FEATURES | _HAS_FLAGS
+    flags = offered_flags(upstream, upgrades) & _CARRIED_FEATURES | _HAS_FLAGS
     if not (replies.structured or replies.extended):
         flags &= ~_SEND_DF
-    elif Upgrade.STRUCTURED_REPLIES in policy.upgrades:
+    elif Upgrade.STRUCTURED_REPLIES in upgrades:
         flags |= _SEND_DF
     if not (replies.extended and filters):
         flags &= ~_BLOCK_STATUS_PAYLOAD
     if not flags & _SEND_WRITE_ZEROES:
         flags &= ~_SEND_FAST_ZERO
-    if policy.read_only:
+    if read_only:
         flags &= ~_WRITE_FEATURES
     return TransmissionFlag(flags)

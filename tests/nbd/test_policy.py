@@ -110,7 +110,7 @@ def test_learnt_sizes_bind_nobody() -> None:
 def test_replies_and_contexts() -> None:
     contexts = (MetaContext(1, "base:allocation"),)
     terms = agree(
-        ExportPolicy(),
+        ExportPolicy("disk"),
         Granted(MIB, FLUSH),
         name="disk",
         replies=Replies(structured=True, chunks_below=True),

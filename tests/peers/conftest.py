@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.peers.bench import SIZE, UPSTREAMS, Bench, Front
+from tests.support.modern import Modern
+from tests.support.modern import modern as a_modern_python
 from tests.support.peers import NbdServer
 from tests.support.trixie import Trixie, trixie
 
@@ -45,6 +47,13 @@ def disk(
 def newer() -> Iterator[Trixie]:
     """The programs of Debian trixie."""
     with trixie() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def modern() -> Iterator[Modern]:
+    """A Python that has pre-shared keys, with the project."""
+    with a_modern_python() as found:
         yield found
 
 

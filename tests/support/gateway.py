@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 from urllib.parse import urlsplit
@@ -77,6 +77,7 @@ class Gateway:
         env: Mapping[str, str] | None = None,
         pass_fds: tuple[int, ...] = (),
         faults_allowed: bool = False,
+        python: Sequence[str] = (sys.executable,),
     ) -> None:
         self.args = [str(arg) for arg in args]
         self.uris: list[str] = []
@@ -84,6 +85,7 @@ class Gateway:
         self._env = {**environment(), **(env or {})}
         self._pass_fds = pass_fds
         self._faults_allowed = faults_allowed
+        self._python = python
         self._process: subprocess.Popen[bytes] | None = None
         self._stdout = Output()
         self._stderr = Output()
@@ -104,7 +106,7 @@ class Gateway:
     def start(self) -> None:
         """Start, and wait for one URI per listener."""
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "always::ResourceWarning", "-m", "gateway", *self.args],
+            [*self._python, "-W", "always::ResourceWarning", "-m", "gateway", *self.args],
             cwd=ROOT,
             env=self._env,
             stdin=subprocess.DEVNULL,

@@ -37,9 +37,10 @@ class Trixie:
 
     def command(self, *argv: str | Path) -> list[str]:
         """To be run out here."""
-        return [*_chroot(), str(self.root), "env", *_SETTINGS, *map(self._seen_inside, argv)]
+        return [*_chroot(), str(self.root), "env", *_SETTINGS, *map(self.seen_inside, argv)]
 
-    def _seen_inside(self, arg: str | Path) -> str:
+    def seen_inside(self, arg: str | Path) -> str:
+        """What a file in `outside` is called for the programs."""
         if isinstance(arg, Path) and arg.is_relative_to(self.outside):
             return str(self.inside / arg.relative_to(self.outside))
         return str(arg)
@@ -59,7 +60,7 @@ class Trixie:
             if certificates not in self._certificates:
                 copy = self.directory() / "pki"
                 shutil.copytree(certificates, copy)
-                self._certificates[certificates] = Path(self._seen_inside(copy))
+                self._certificates[certificates] = Path(self.seen_inside(copy))
             certificates = self._certificates[certificates]
         return Client(
             through.address.replace(str(self.outside), str(self.inside)),
@@ -94,7 +95,7 @@ class Trixie:
         """qemu-nbd with these arguments, at the least `-f FORMAT IMAGE`; any number of clients."""
         place = self.directory()
         sock, pid = place / "qemu.sock", place / "qemu.pid"
-        pidfile = f"--pid-file={self._seen_inside(pid)}"
+        pidfile = f"--pid-file={self.seen_inside(pid)}"
         argv = self.command("qemu-nbd", "-t", "-e", "0", "-k", sock, pidfile, *args)
         return Server([*argv], sock, pid)
 

@@ -279,10 +279,10 @@ class Server:
                 admitted = host is None or trust.rules.admits(host)
                 session.recheck(trust if admitted else elsewhere, keep=keep)
                 if not admitted and session.unproven_s:
-                    session.evict()
+                    session.expel(f"{Refusal.ADDRESS_NOT_ALLOWED}: its address is kept out now")
             except Exception:  # of one client we know nothing then
                 self._log.exception("bug: a client cannot be measured by the new set: ending it")
-                session.evict()
+                session.expel("it could not be measured by the new set")
             if number % _RECHECKED == 0:
                 await trio.lowlevel.checkpoint()
 

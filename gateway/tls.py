@@ -74,6 +74,7 @@ _VERIFY: Final = {
 # OpenSSL's reasons to (reason, words).
 _REASONS: Final = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": (Refusal.NO_CLIENT_CERT, "it has no client certificate"),
+    "EXCESSIVE_MESSAGE_SIZE": (Refusal.BAD_CERTIFICATE, "its chain of certificates is too large"),
     "WRONG_CURVE": (Refusal.WEAK_KEY, "the key of its certificate is on a curve not taken here"),
     "UNSUPPORTED_PROTOCOL": (Refusal.TLS_VERSION, "its TLS version is too old"),
     "TLSV1_ALERT_PROTOCOL_VERSION": (Refusal.TLS_VERSION, "it does not accept our TLS version"),

@@ -14,6 +14,7 @@ import pytest
 import trio
 from cryptography import x509
 
+from gateway import snapshot
 from gateway.access import Rule, Rules, parse_network
 from gateway.errors import SettingsError
 from gateway.pki import CertificateAuthority, Credential
@@ -363,14 +364,30 @@ async def test_symlinks_as_kubernetes_swaps_them(  # type: ignore[no-untyped-def
 
 
 @pytest.mark.expects_error_log
-async def test_what_is_wrong_is_said_once(gateway, folder: Folder) -> None:  # type: ignore[no-untyped-def]
+async def test_what_is_wrong_is_said_once(  # type: ignore[no-untyped-def]
+    gateway, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = await gateway(reload_interval_s=0.01)
+    read, reads = snapshot._read, [0]
+
+    def counted(flag: str, path: Path) -> bytes:
+        reads[0] += path.name == "ca-cert.pem"
+        return read(flag, path)
+
+    monkeypatch.setattr(snapshot, "_read", counted)
+
+    async def looks(more: int) -> None:
+        end = reads[0] + more
+        with trio.fail_after(20):
+            while reads[0] < end:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
     (folder.path / "ca-cert.pem").write_bytes(b"")
     assert (await running.said(0)).startswith(f"{REFUSED}--client-ca: ")
-    await trio.sleep(0.3)  # some thirty looks; more lines would be the mistake
+    await looks(30)
     assert len(running.lines()) == 1
     folder.put("ca-cert.pem", folder.ca.cert_pem)
-    await trio.sleep(0.1)
+    await looks(5)
     (folder.path / "ca-cert.pem").write_bytes(b"")
     assert (await running.said(1)).startswith(f"{REFUSED}--client-ca: ")
 

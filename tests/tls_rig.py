@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import ssl
 from dataclasses import dataclass
@@ -85,9 +84,11 @@ class Shake:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
-        wrap = functools.partial(ssl.SSLContext.wrap_socket, do_handshake_on_connect=False)
-        self.server = wrap(server, ours, server_side=True, suppress_ragged_eofs=False)
-        self.client = wrap(client, theirs, server_hostname="localhost", session=session)
+        late = {"do_handshake_on_connect": False}
+        self.server = server.wrap_socket(ours, server_side=True, suppress_ragged_eofs=False, **late)
+        self.client = client.wrap_socket(
+            theirs, server_hostname="localhost", session=session, **late
+        )
         self.server_error: ssl.SSLError | None = None
         self.client_error: ssl.SSLError | None = None
         open_ends = {self.client, self.server}

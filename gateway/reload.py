@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import trio
@@ -82,13 +83,14 @@ class Reloader:
 
     async def _look(self, *, asked: bool) -> None:
         try:
-            seen = await self._read()
+            seen = await self._read() if asked else await self._read_quietly()
+            if seen is None:
+                return
             if not asked:
                 if seen.digest == self._keeper.trust.digest:
                     self._refused = ""
                     return
-                # It may be half of what is being written.
-                await trio.sleep(min(_AGAIN_S, self._settings.reload_interval_s))
+                await self._pause()  # it may be half of what is being written
                 if (again := await self._read()).digest != seen.digest:
                     return
                 seen = again
@@ -104,11 +106,25 @@ class Reloader:
         self._refused = ""
         self._keeper.replace(trust)
         self._log.info("reload: %s", _changes(before, trust))
+        for concern in trust.concerns(datetime.now(UTC)):
+            self._log.warning("%s", concern)
         self._warn_of_restart(seen.settings)
         await self._apply(trust)
 
     async def _read(self) -> _Seen:
         return await _in_thread(self._read_now)
+
+    async def _read_quietly(self) -> _Seen | None:
+        """The same. What cannot be read now and can be a moment later is nobody's mistake: None."""
+        try:
+            return await self._read()
+        except SettingsError:
+            await self._pause()
+            await self._read()
+            return None
+
+    async def _pause(self) -> None:
+        await trio.sleep(min(_AGAIN_S, self._settings.reload_interval_s))
 
     def _read_now(self) -> _Seen:
         settings = self._settings if self._reread is None else self._reread()

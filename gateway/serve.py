@@ -13,6 +13,7 @@ import os
 import select
 import signal
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 
 import trio
 
@@ -40,7 +41,7 @@ def run_gateway(settings: Settings, say: Say, reread: Reread | None = None) -> b
     if len(settings.shares) > 1:
         return _serve_with_workers(settings, say, reread)
     server = Server(settings, reread=reread)
-    _announce(settings)
+    _announce(settings, server.trust)
     return trio.run(_run, server, say)
 
 
@@ -110,7 +111,7 @@ class _InUse:
 def _serve_with_workers(settings: Settings, say: Say, reread: Reread | None) -> bool:
     trust = load_trust(settings)
     in_use = _InUse(trust)
-    _announce(settings)
+    _announce(settings, trust)
     allow_descriptors(settings)
     with open_listeners(settings) as listeners:
         listening = uris(settings, listeners, trust)
@@ -215,8 +216,12 @@ def _say_all(listening: list[str], say: Say) -> None:
         logger.info("listening on %s", uri)
 
 
-def _announce(settings: Settings) -> None:
+def _announce(settings: Settings, trust: Trust) -> None:
     """Say aloud what was decided, and from which files."""
+    if settings.config is not None:
+        logger.info("rules from %s", settings.config)
+    for concern in trust.concerns(datetime.now(UTC)):
+        logger.warning("%s", concern)
     tls = settings.tls
     if tls is None:
         logger.warning("TLS is off: whoever reaches the listener may open the export")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -18,6 +19,9 @@ from gateway.errors import Refusal, SettingsError, TLSRefused
 from gateway.identity import Identity, Link
 from gateway.settings import Settings, TLSSettings
 from gateway.snapshot import Snapshot
+
+_SOON: Final = timedelta(days=14)
+_SOON_CRL: Final = timedelta(days=2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +70,19 @@ class Trust:
             if self.known_cas.get(identity.chain[-1].sha256) not in self.cas:
                 return Refusal.UNKNOWN_CA
         return None if self.rules.grant(identity).may_enter else Refusal.NOT_ALLOWED
+
+    def concerns(self, now: datetime) -> Iterator[str]:
+        """What is allowed, and yet will keep clients out: for the log. `now` is aware."""
+        if self.own is not None:
+            end = self.own.not_after
+            if end <= now:
+                yield f"our certificate expired on {end:%Y-%m-%d}: clients will refuse it"
+            elif end - now < _SOON:
+                yield f"our certificate expires on {end:%Y-%m-%d}: renew it"
+        for crl in self.crls:
+            if crl.next_update is not None and now < crl.next_update < now + _SOON_CRL:
+                end = crl.next_update
+                yield f"a CRL expires on {end:%Y-%m-%d}, and then nobody can enter: renew it"
 
     @property
     def names(self) -> tuple[str, ...]:

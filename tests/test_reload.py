@@ -392,6 +392,23 @@ async def test_what_is_wrong_is_said_once(  # type: ignore[no-untyped-def]
     assert (await running.said(1)).startswith(f"{REFUSED}--client-ca: ")
 
 
+async def test_a_file_that_is_half_written_once_is_nobodys_mistake(gateway) -> None:  # type: ignore[no-untyped-def]
+    running = await gateway(reload_interval_s=0.01)
+    reads = [0]
+
+    def reread() -> Settings:
+        reads[0] += 1
+        if reads[0] % 2:
+            raise SettingsError("--config: half of a line")
+        return running.settings
+
+    running.server._reloader._reread = reread
+    with trio.fail_after(20):
+        while reads[0] < 20:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert running.lines() == []
+
+
 async def test_only_what_was_read_twice_is_loaded(  # type: ignore[no-untyped-def]
     gateway, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

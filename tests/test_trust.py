@@ -67,6 +67,24 @@ def signed(
     return builder.sign(signer, hashes.SHA256())  # type: ignore[arg-type]
 
 
+def test_what_will_keep_clients_out_soon_is_said(
+    files: Files, authority: CertificateAuthority
+) -> None:
+    server = authority.issue_server(["localhost"], 30)
+    files.put("server-cert.pem", server.cert_pem)
+    files.put("server-key.pem", server.key_pem)
+    crl = files.put("ca-crl.pem", authority.revoke_list([], NOW, 10))
+    trust = load_trust(settings(files, crl=crl))
+
+    def said(days: float) -> list[str]:
+        return [text.partition(" on ")[0] for text in trust.concerns(NOW + days * DAY)]
+
+    assert said(0) == []
+    assert said(9) == ["a CRL expires"]
+    assert said(20) == ["our certificate expires"]
+    assert said(40) == ["our certificate expired"]
+
+
 # ---------------------------------------------------------------- our certificate and key
 
 

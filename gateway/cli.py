@@ -104,7 +104,7 @@ class _Certs(click.Group):
         return super().get_command(ctx, cmd_name)
 
     def _load(self) -> None:
-        from gateway.certs_cli import certs
+        from gateway.certs.cli import certs
 
         self.commands = certs.commands
 

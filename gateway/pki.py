@@ -1,7 +1,7 @@
 """Certificates in memory: a small private CA, what it signs, and its revocation list.
 
 The profile, and the reason for each of its lines, stands in certs/README.md. `gateway.certs` and
-`gateway.certs_folder` put these certificates into folders.
+`gateway.certs.folder` put these certificates into folders.
 """
 
 from __future__ import annotations

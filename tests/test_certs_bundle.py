@@ -1,4 +1,4 @@
-"""gateway.certs_bundle: three files, no more, and only those that let a client in."""
+"""gateway.certs.bundle: three files, no more, and only those that let a client in."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from gateway import certs
 from gateway.certs import Passwords
-from gateway.certs_bundle import bundle_client, write_bundle
-from gateway.certs_folder import issue_client, revoke
+from gateway.certs.bundle import bundle_client, write_bundle
+from gateway.certs.folder import issue_client, revoke
 from gateway.pki import PkiError
 
 THREE = ["ca-cert.pem", "client-cert.pem", "client-key.pem"]

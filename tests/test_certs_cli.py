@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from gateway import certs_cli
+from gateway.certs import cli as certs_cli
 from tests import cli_rig
 from tests.cli_rig import Run
 from tests.test_certs import SIX, snapshot

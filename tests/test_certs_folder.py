@@ -1,4 +1,4 @@
-"""gateway.certs_folder: what is issued and revoked in a folder that `init` made."""
+"""gateway.certs.folder: what is issued and revoked in a folder that `init` made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 
 from gateway import certs
 from gateway.certs import Passwords
-from gateway.certs_folder import Revocations, issue_client, issue_server, renew_crl, revoke
+from gateway.certs.folder import Revocations, issue_client, issue_server, renew_crl, revoke
 from gateway.pki import CertificateAuthority, KeyType, PkiError
 from gateway.pki_keys import name_of
 from tests.test_certs import LOCAL, snapshot

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import click
 import pytest
 
-from gateway.certs_cli import certs
+from gateway.certs.cli import certs
 from gateway.cli import cli
 from tests.support.peers import find
 

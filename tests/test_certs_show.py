@@ -1,4 +1,4 @@
-"""gateway.certs_show: what is printed about files, and what is said to end soon."""
+"""gateway.certs.show: what is printed about files, and what is said to end soon."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID
 
 from gateway import certs
 from gateway.access import Rule
-from gateway.certs_folder import issue_client, revoke
-from gateway.certs_show import expiring, qemu_dn, rules_for, show
+from gateway.certs.folder import issue_client, revoke
+from gateway.certs.show import expiring, qemu_dn, rules_for, show
 from gateway.identity import Identity
 from gateway.pki import CertificateAuthority, PkiError, general_name
 

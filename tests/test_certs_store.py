@@ -1,4 +1,4 @@
-"""gateway.certs_store, by way of `init`: all files or none, whatever goes wrong in between."""
+"""gateway.certs.store, by way of `init`: all files or none, whatever goes wrong in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway import certs
-from gateway.certs_store import Content, locked, write_together
+from gateway.certs.store import Content, locked, write_together
 from gateway.pki import PkiError
 from tests.test_certs import SIX, snapshot
 

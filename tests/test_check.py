@@ -14,7 +14,7 @@ import pytest
 
 from gateway import check
 from gateway.access import ExportRules, Rule, Rules
-from gateway.check_report import Report
+from gateway.check.report import Report
 from gateway.settings import (
     Listen,
     ListenSystemd,

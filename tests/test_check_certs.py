@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from gateway.check_certs import covers
+from gateway.check.certs import covers
 from gateway.settings import ListenSystemd, ListenTCP
 from tests.check_rig import DAY, Folder, Pair, make, make_ca
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import check_files
-from gateway.check_files import granted, resolve
+from gateway.check import files as check_files
+from gateway.check.files import granted, resolve
 from tests.check_rig import Folder
 
 STRANGER = 54321

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from gateway.access import ExportRules, Mode, Rule, Rules, parse_network
-from gateway.check_report import Level, Report
-from gateway.check_rules import check_rules, covers, denies, overlap
+from gateway.check.report import Level, Report
+from gateway.check.rules import check_rules, covers, denies, overlap
 from gateway.identity import Identity
 
 SUM = "none void or there twice"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import gateway
-from gateway.certs_folder import renew_crl
+from gateway.certs.folder import renew_crl
 from gateway.errors import SettingsError
 from gateway.nbd.upgrades import Upgrade
 from gateway.settings import Settings, TLSSettings

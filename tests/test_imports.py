@@ -43,11 +43,11 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("flags options serve check certs_cli demo settings errors", "click trio"),
+    "cli": Layer("flags options serve check certs.cli demo settings errors", "click trio"),
     "flags": Layer("settings config access errors nbd.upgrades"),
     "config": Layer("access settings errors", "msgspec"),
     "check": Layer(
-        "check_certs check_crl check_files check_keys check_report check_rules trust settings "
+        "check.certs check.crl check.files check.keys check.report check.rules trust settings "
         "errors",
         "socket",
     ),
@@ -79,28 +79,28 @@ TABLE = {
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
     "settings": Layer("access errors nbd.constants nbd.upgrades nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),
-    "certs": Layer("certs_store pki pki_keys", "socket"),
-    "certs_cli": Layer(
-        "certs certs_bundle certs_folder certs_options certs_show errors pki pki_keys", "click"
+    "certs": Layer("certs.store pki pki_keys", "socket"),
+    "certs.cli": Layer(
+        "certs certs.bundle certs.folder certs.options certs.show errors pki pki_keys", "click"
     ),
     "pki": Layer("pki_keys", "cryptography"),
     "options": Layer("access settings nbd.upgrades", "click"),
-    "check_certs": Layer("check_files check_report credentials identity", "cryptography"),
-    "check_crl": Layer("check_certs check_files check_report identity", "cryptography"),
-    "check_keys": Layer(
-        "check_certs check_files check_report psk access identity settings", "cryptography"
+    "check.certs": Layer("check.files check.report credentials identity", "cryptography"),
+    "check.crl": Layer("check.certs check.files check.report identity", "cryptography"),
+    "check.keys": Layer(
+        "check.certs check.files check.report psk access identity settings", "cryptography"
     ),
-    "check_files": Layer("check_report snapshot errors"),
-    "check_rules": Layer("check_report access identity"),
-    "check_report": Layer("errors"),
-    "certs_store": Layer("pki_keys"),
-    "certs_read": Layer("pki_keys", "cryptography"),
-    "certs_folder": Layer("certs certs_read certs_store pki pki_keys revocations", "cryptography"),
-    "certs_bundle": Layer(
-        "certs certs_folder certs_read certs_store pki_keys revocations", "cryptography"
+    "check.files": Layer("check.report snapshot errors"),
+    "check.rules": Layer("check.report access identity"),
+    "check.report": Layer("errors"),
+    "certs.store": Layer("pki_keys"),
+    "certs.read": Layer("pki_keys", "cryptography"),
+    "certs.folder": Layer("certs certs.read certs.store pki pki_keys revocations", "cryptography"),
+    "certs.bundle": Layer(
+        "certs certs.folder certs.read certs.store pki_keys revocations", "cryptography"
     ),
-    "certs_show": Layer("access certs_read certs_store errors identity pki_keys", "cryptography"),
-    "certs_options": Layer("pki", "click"),
+    "certs.show": Layer("access certs.read certs.store errors identity pki_keys", "cryptography"),
+    "certs.options": Layer("pki", "click"),
     "revocations": Layer("pki_keys"),
     "pki_keys": Layer("errors", "cryptography"),
     "admission": Layer("access errors identity nbd.policy settings trust", "socket"),

@@ -23,9 +23,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway import certs
 from gateway.certs import Passwords
-from gateway.certs_bundle import bundle_client, write_bundle
-from gateway.certs_folder import issue_client, issue_server, opened, renew_crl, revoke
-from gateway.certs_show import show
+from gateway.certs.bundle import bundle_client, write_bundle
+from gateway.certs.folder import issue_client, issue_server, opened, renew_crl, revoke
+from gateway.certs.show import show
 from gateway.pki import KeyType
 from gateway.pki_keys import name_of
 from tests.peers import certificates_rig

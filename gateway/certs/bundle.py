@@ -12,9 +12,9 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from gateway.certs import CLIENTS, CRL, REVOKED
-from gateway.certs_folder import REPLACE, client_folder
-from gateway.certs_read import certificates_in, crls_in, read, signed_by
-from gateway.certs_store import Content, write_together
+from gateway.certs.folder import REPLACE, client_folder
+from gateway.certs.read import certificates_in, crls_in, read, signed_by
+from gateway.certs.store import Content, write_together
 from gateway.pki_keys import PkiError, load_key
 from gateway.revocations import parse_record
 

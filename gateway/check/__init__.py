@@ -17,11 +17,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from gateway import check_certs, check_crl
-from gateway.check_files import check_modes
-from gateway.check_keys import check_key, check_psk
-from gateway.check_report import Level, Report
-from gateway.check_rules import check_rules
+from gateway.check import certs as check_certs
+from gateway.check import crl as check_crl
+from gateway.check.files import check_modes
+from gateway.check.keys import check_key, check_psk
+from gateway.check.report import Level, Report
+from gateway.check.rules import check_rules
 from gateway.errors import GatewayError
 from gateway.settings import ListenSystemd, ListenTCP, ListenUnix, Settings, TLSSettings
 from gateway.trust import load_trust

@@ -2,7 +2,7 @@
 
 The files have the names that QEMU, nbdkit and libnbd look for (`ca-cert.pem`, `server-cert.pem`,
 `client-cert.pem` and so on). What stands in the certificates is up to `gateway.pki`, how they are
-written to `gateway.certs_store`, and what is added to the folder later to `gateway.certs_folder`.
+written to `gateway.certs.store`, and what is added to the folder later to `gateway.certs.folder`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
-from gateway.certs_store import Content, in_words, locked, write_together
+from gateway.certs.store import Content, in_words, locked, write_together
 from gateway.pki import (
     CA_DAYS,
     CLIENT_DAYS,

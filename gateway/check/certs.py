@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gateway import credentials
-from gateway.check_files import read
-from gateway.check_report import Report, date, some
+from gateway.check.files import read
+from gateway.check.report import Report, date, some
 from gateway.identity import shown
 
 Certificates = tuple[x509.Certificate, ...]

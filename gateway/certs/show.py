@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.access import Rule
-from gateway.certs_read import Block, blocks_in, read, signed_by
-from gateway.certs_store import is_left_over
+from gateway.certs.read import Block, blocks_in, read, signed_by
+from gateway.certs.store import is_left_over
 from gateway.errors import SettingsError
 from gateway.identity import Identity, shown
 from gateway.pki_keys import PkiError, name_of

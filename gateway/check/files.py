@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from gateway.check_report import Report
+from gateway.check.report import Report
 from gateway.errors import SettingsError
 from gateway.snapshot import MAX_BYTES
 

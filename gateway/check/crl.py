@@ -11,9 +11,9 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from gateway.check_certs import Certificates, name_of, spki_of
-from gateway.check_files import read
-from gateway.check_report import Report, date
+from gateway.check.certs import Certificates, name_of, spki_of
+from gateway.check.files import read
+from gateway.check.report import Report, date
 from gateway.identity import shown
 
 _SOON: Final = timedelta(days=7)

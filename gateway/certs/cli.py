@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from gateway.certs import CLIENTS, Passwords, init, next_steps
-from gateway.certs_bundle import bundle_client, write_bundle
-from gateway.certs_folder import (
+from gateway.certs.bundle import bundle_client, write_bundle
+from gateway.certs.folder import (
     Handed,
     Revocations,
     issue_client,
@@ -24,7 +24,7 @@ from gateway.certs_folder import (
     renew_crl,
     revoke,
 )
-from gateway.certs_options import (
+from gateway.certs.options import (
     PATH,
     ca_password_option,
     days_option,
@@ -38,7 +38,7 @@ from gateway.certs_options import (
     serial_number,
     span,
 )
-from gateway.certs_show import expiring, show
+from gateway.certs.show import expiring, show
 from gateway.errors import SettingsError
 from gateway.pki import (
     CA_DAYS,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from gateway.access import ExportRules, Network, Rule, Rules
-from gateway.check_report import Report
+from gateway.check.report import Report
 from gateway.identity import Identity
 
 _ANY: Final = "*"

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from gateway import psk
 from gateway.access import Rules
-from gateway.check_certs import Certificates, spki_of
-from gateway.check_files import read
-from gateway.check_report import Report, some
+from gateway.check.certs import Certificates, spki_of
+from gateway.check.files import read
+from gateway.check.report import Report, some
 from gateway.identity import Identity, shown
 from gateway.settings import TLSSettings
 

@@ -27,8 +27,8 @@ from gateway.certs import (
     IssuedPair,
     Passwords,
 )
-from gateway.certs_read import certificates_in, crls_in, read, signed_by
-from gateway.certs_store import Content, in_words, locked, write_together
+from gateway.certs.read import certificates_in, crls_in, read, signed_by
+from gateway.certs.store import Content, in_words, locked, write_together
 from gateway.pki import (
     CLIENT_DAYS,
     CRL_DAYS,

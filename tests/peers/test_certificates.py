@@ -16,10 +16,10 @@ from tests.peers.certificates_rig import (
     copy_for_client,
     fails,
     lay_out,
-    run,
     serving,
     succeeds,
 )
+from tests.support.modern import Modern
 from tests.support.peers import find as program
 
 pytestmark = pytest.mark.peers
@@ -226,13 +226,16 @@ def test_openssl_reads_the_revocation_list(tmp_path: Path) -> None:
     assert "CRL has expired" in fails([*verify, *expired, tmp_path / "good.pem"])
 
 
-@pytest.mark.parametrize("version", ["this", "3.13"])
-def test_python_verifies_strictly(version: str, issued: certs.Issued) -> None:
+STRICT_NAMES = (*DNS_NAMES, "any.wild.test", *ADDRESSES)
+
+
+def test_python_verifies_strictly(issued: certs.Issued) -> None:
+    script = ["-W", "error", "-c", STRICT_HANDSHAKES]
+    succeeds([sys.executable, *script, str(issued.directory), *STRICT_NAMES])
+
+
+def test_newer_python_verifies_strictly(modern: Modern, issued: certs.Issued) -> None:
     """From 3.13 on, Python's default context checks with VERIFY_X509_STRICT."""
-    python: str | None = sys.executable
-    if version != "this":
-        python = shutil.which(f"python{version}")
-        if python is None or run([python, "-c", "import ssl"]).returncode != 0:
-            pytest.skip(f"no working python{version} on the PATH")
-    names = [*DNS_NAMES, "any.wild.test", *ADDRESSES]
-    succeeds([str(python), "-W", "error", "-c", STRICT_HANDSHAKES, str(issued.directory), *names])
+    folder = shutil.copytree(issued.directory, modern.place / "strict")
+    script = ["-W", "error", "-c", STRICT_HANDSHAKES]
+    succeeds([*modern.python, *script, modern.seen(Path(folder)), *STRICT_NAMES])

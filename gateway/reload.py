@@ -25,6 +25,7 @@ Reread = Callable[[], Settings]
 SettingsError."""
 
 _AGAIN_S: Final = 1.0  # between the two reads that have to be equal
+_READ_S: Final = 30.0  # for all the files; then the set of before stays, and it is said
 # What a reload takes over. The name of the URI that is printed is nobody's right.
 _RELOADED: Final = frozenset({"tls", "rules", "export"})
 
@@ -112,7 +113,9 @@ class Reloader:
         await self._apply(trust)
 
     async def _read(self) -> _Seen:
-        return await _in_thread(self._read_now)
+        with trio.move_on_after(_READ_S):
+            return await _in_thread(self._read_now)
+        raise SettingsError(f"files not read within {_READ_S:g} s: does a network mount hang?")
 
     async def _read_quietly(self) -> _Seen | None:
         """The same. What cannot be read now and can be a moment later is nobody's mistake: None."""

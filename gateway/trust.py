@@ -174,6 +174,11 @@ def _successor(trust: Trust, before: Trust) -> Trust:
             "--crl is gone, and with it what was revoked; the gateway goes on without any only "
             "after a restart"
         )
+    if before.rules.exports and not trust.rules.exports:  # also where a reload has brought them
+        raise SettingsError(
+            "--config: the last [[export]] is gone; the gateway goes on without any only after a "
+            "restart"
+        )
     return replace(trust, known_cas={**before.known_cas, **trust.known_cas})
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 import trio
 from cryptography import x509
 
-from gateway import snapshot
-from gateway.access import Rule, Rules, parse_network
+from gateway import reload, snapshot
+from gateway.access import ExportRules, Rule, Rules, parse_network
 from gateway.errors import SettingsError
 from gateway.pki import CertificateAuthority, Credential
 from gateway.server import Server
@@ -407,6 +408,38 @@ async def test_a_file_that_is_half_written_once_is_nobodys_mistake(gateway) -> N
         while reads[0] < 20:  # noqa: ASYNC110
             await trio.sleep(0.01)
     assert running.lines() == []
+
+
+@pytest.mark.expects_error_log
+async def test_files_that_cannot_be_read_for_ever(  # type: ignore[no-untyped-def]
+    gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount that hangs holds up reloads, and nothing else; and that is said."""
+    monkeypatch.setattr(reload, "_READ_S", 0.05)
+    running = await gateway(reload_interval_s=0)
+    before, hangs = running.trust, threading.Event()
+
+    def reread() -> Settings:
+        hangs.wait(20)
+        return running.settings
+
+    running.server._reloader._reread = reread
+    assert "does a network mount hang?" in await running.reload()
+    assert running.trust is before
+    hangs.set()
+    running.rules(deny=(Rule.parse("--deny", "cn=mallory"),))
+    monkeypatch.undo()
+    assert "now in use" in await running.reload()
+
+
+@pytest.mark.expects_error_log
+async def test_tables_that_a_reload_has_brought_do_not_go_by_one(gateway) -> None:  # type: ignore[no-untyped-def]
+    running = await gateway(reload_interval_s=0)
+    running.rules(exports=(ExportRules("disk"),))
+    assert "now in use" in await running.reload()
+    running.rules()
+    assert "the last [[export]] is gone" in await running.reload()
+    assert running.trust.rules.exports
 
 
 async def test_only_what_was_read_twice_is_loaded(  # type: ignore[no-untyped-def]

@@ -25,10 +25,7 @@ class Mode(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExportRules:
-    """Who may open one export. Without `read_write` and `read_only`: all who may enter, to write.
-
-    Who is in both may write.
-    """
+    """Who may open one export. Who is in both lists may write."""
 
     name: str
     read_write: tuple[Rule, ...] = ()
@@ -39,7 +36,7 @@ class ExportRules:
         """What this client may do with it; None: it does not exist for this client."""
         if any(rule.denies(identity) for rule in self.deny):
             return None
-        if not (self.read_write or self.read_only) or _any(self.read_write, identity):
+        if _any(self.read_write, identity):
             return Mode.READ_WRITE
         return Mode.READ_ONLY if _any(self.read_only, identity) else None
 

@@ -20,19 +20,24 @@ _SHOWN: Final = 80  # characters of an export's name in a log line
 class Admission:
     """One client's rights. Before `admit` it has none, and nothing to lose."""
 
-    __slots__ = ("_settings", "identity", "opened", "policy")
+    __slots__ = ("_settings", "identity", "opened", "policy", "refusal")
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.identity = Identity()
         self.policy: ExportPolicy | None = None  # what may be opened, until something is
         self.opened: Export | None = None  # in transmission, as the client was told
+        self.refusal = Refusal.NOT_ALLOWED  # the word for who may open nothing
 
     def admit(self, identity: Identity, rules: Rules) -> ExportPolicy | None:
         """What this client may open; None: nothing, for the reason in `barred`."""
         self.identity = identity
         self.policy = policy_of(rules, identity, self._settings)
         return self.policy
+
+    def crowded(self) -> None:
+        """It may open nothing after all: too many of the same identity are here."""
+        self.policy, self.refusal = None, Refusal.TOO_MANY_CLIENTS
 
     def open(self, name: str, *, read_only: bool) -> None:
         """It has opened the export that it calls by this name; nothing else is to come."""
@@ -44,6 +49,9 @@ class Admission:
     @property
     def barred(self) -> str:
         """For a client that may open nothing, and for the log."""
+        if self.refusal is Refusal.TOO_MANY_CLIENTS:
+            most = self._settings.limits.clients_per_identity
+            return f"too many connections of {self.identity}: {most} at a time are allowed"
         return f"{self.identity} may not open anything here"
 
     def objection(self, trust: Trust) -> str:
@@ -73,15 +81,19 @@ def policy_of(rules: Rules, identity: Identity, settings: Settings) -> ExportPol
     grant = rules.grant(identity)
     if not grant.may_enter:
         return None
+    # With `--reconnect` writes of one connection may be lost, and only its own flushes know of it.
+    replaceable = bool(settings.reconnect_s)
     if grant.exports is None:
-        return ExportPolicy(settings.export, settings.read_only, settings.upgrades)
+        return ExportPolicy(
+            settings.export, settings.read_only, settings.upgrades, replaceable=replaceable
+        )
     table = tuple(
         Export(name, settings.read_only or mode is Mode.READ_ONLY) for name, mode in grant.exports
     )
     if len(rules.exports) == 1:  # then the empty name is this one too
         ((name, read_only),) = table
-        return ExportPolicy(name, read_only, settings.upgrades)
-    return ExportPolicy(upgrades=settings.upgrades, table=table)
+        return ExportPolicy(name, read_only, settings.upgrades, replaceable=replaceable)
+    return ExportPolicy(upgrades=settings.upgrades, table=table, replaceable=replaceable)
 
 
 def proven_by_kernel(sock: socket.socket, identity: Identity) -> Identity:

@@ -1,4 +1,7 @@
-"""The file of `--config`: rules, in TOML. What the flags say is added to what it says."""
+"""The file of `--config`: rules and bounds, in TOML.
+
+The rules of the flags are added to its rules; a bound that a flag sets is not asked for here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +19,7 @@ import msgspec
 
 from gateway.access import ExportRules, Rule, Rules, parse_network
 from gateway.errors import SettingsError
+from gateway.limits import checked
 from gateway.settings import check_export_name
 
 
@@ -35,18 +40,28 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
     allow_from: list[str] = []
     deny_from: list[str] = []
     export: list[_Export] = []
+    limits: dict[str, int | float] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What is in the file. `limits`: the bounds in it, by the names of the fields of `Limits`."""
+
+    rules: Rules = field(default_factory=Rules)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 _MAX_BYTES: Final = 1 << 20  # ours: some ten thousand rules
-_EXPORT: Final = "export"
+_EXPORT, _LIMITS = "export", "limits"
+_ANYBODY: Final = "*"
 _KEYS: Final = [one.encode_name for one in msgspec.structs.fields(_File)]
 _EXPORT_KEYS: Final = [one.encode_name for one in msgspec.structs.fields(_Export)]
 # Where an empty list may stand: there it can mean one thing only.
 _MAY_BE_EMPTY: Final = frozenset({"deny", "deny-from"})
 
 
-def read_rules(path: Path) -> Rules:
-    """The rules in this file. Raises SettingsError that names it, and the place in it.
+def read_config(path: Path) -> Config:
+    """What is in this file. Raises SettingsError that names it, and the place in it.
 
     Refused is also what could let in more than was meant: an empty file, which is what is left of
     one that is being written, and an empty list where to leave it out means "everybody".
@@ -57,6 +72,9 @@ def read_rules(path: Path) -> Rules:
         raise SettingsError(f"{flag} it is empty: leave --config out if there are no rules")
     for wrong in _mistakes(document):
         raise SettingsError(f"{flag} {wrong}")
+    limits: dict[str, float] = {}
+    if isinstance(table := document.get(_LIMITS), dict):
+        limits = checked(table, lambda name: f"{flag} $.{_LIMITS}.{name}:")
     try:
         file = msgspec.convert(document, _File)
     except msgspec.ValidationError as error:
@@ -67,21 +85,30 @@ def read_rules(path: Path) -> Rules:
             Rule.parse(f"{flag} $.{place}[{index}]:", text) for index, text in enumerate(texts)
         )
 
+    def people(texts: list[str], place: str) -> tuple[Rule, ...]:
+        return (Rule.anybody(),) if texts == [_ANYBODY] else rules(texts, place)
+
     exports: list[ExportRules] = []
     for index, one in enumerate(file.export):
         place = f"{_EXPORT}[{index}]"
         check_export_name(f"{flag} $.{place}.name", one.name)
         if any(one.name == other.name for other in exports):
             raise SettingsError(f"{flag} $.{place}.name: {one.name!r} is there already")
+        if not (one.read_write or one.read_only):
+            # Not everybody by itself: a file that was cut off here looks the same.
+            raise SettingsError(
+                f"{flag} $.{place}: who may open it? read-write = [RULE, ...] and read-only = "
+                '[RULE, ...] say it; ["*"] is whoever may enter'
+            )
         exports.append(
             ExportRules(
                 one.name,
-                read_write=rules(one.read_write, f"{place}.read-write"),
-                read_only=rules(one.read_only, f"{place}.read-only"),
+                read_write=people(one.read_write, f"{place}.read-write"),
+                read_only=people(one.read_only, f"{place}.read-only"),
                 deny=rules(one.deny, f"{place}.deny"),
             )
         )
-    return Rules(
+    found = Rules(
         allow=rules(file.allow, "allow"),
         deny=rules(file.deny, "deny"),
         allow_from=tuple(
@@ -94,6 +121,7 @@ def read_rules(path: Path) -> Rules:
         ),
         exports=tuple(exports),
     )
+    return Config(found, limits)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -27,14 +27,21 @@ _MAX_PASSWORD: Final = 1024  # bytes; more is not the file that was meant
 
 # One block at a time is parsed, and that block is what OpenSSL gets: two parsers that see different
 # things in one file have been used to show a check another certificate than the one in use.
-_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+# Nothing with five hyphens in between: to look for an end from each beginning on would take a
+# broken file of some hundred kilobytes a minute, in which nothing else is done.
+_BLOCK: Final = re.compile(
+    rb"-----BEGIN ([A-Z0-9 ]+)-----(?:(?!-----).)*-----END \1-----", re.DOTALL
+)
 _BEGIN: Final = b"-----BEGIN "
 _CERTIFICATE: Final = frozenset({b"CERTIFICATE", b"X509 CERTIFICATE"})
 _CRL: Final = frozenset({b"X509 CRL"})
 _KEYS: Final = frozenset(
     {b"PRIVATE KEY", b"ENCRYPTED PRIVATE KEY", b"EC PRIVATE KEY", b"RSA PRIVATE KEY"}
 )
-_WRONG: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+_WRONG: Final = (
+    *(ValueError, TypeError, UnsupportedAlgorithm),
+    *(x509.InvalidVersion, x509.DuplicateExtension),
+)
 
 
 class Block(NamedTuple):

@@ -7,6 +7,7 @@ one name here, and two names never have one form.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from cryptography import x509
@@ -128,8 +129,17 @@ def _of_hex(digits: str) -> str | bytes:
 
 
 def _joined(attributes: list[tuple[str, str | bytes]]) -> str:
+    return joined(f"{oid}={_escaped(value)}" for oid, value in attributes)
+
+
+def joined(attributes: Iterable[str]) -> str:
     """One RDN, which is a set: sorted."""
-    return "+".join(sorted(f"{oid}={_escaped(value)}" for oid, value in attributes))
+    return "+".join(sorted(attributes))
+
+
+def attributes_of(rdn: str) -> list[str]:
+    """What was `joined`."""
+    return _split(rdn, "+")
 
 
 def _escaped(value: str | bytes) -> str:

@@ -42,11 +42,18 @@ class ChannelClosed(GatewayError):
     """The other end of a channel is gone without a proper end: reset, broken pipe, cut TLS."""
 
 
+class Stalled(ChannelClosed):
+    """The other end of a channel has taken no bytes for too long."""
+
+
 class Refusal(enum.StrEnum):
     """Why a client did not get in: a fixed vocabulary, for logs, and to be counted."""
 
     # of its address
     ADDRESS_NOT_ALLOWED = "address_not_allowed"
+    HANDSHAKE_RATE = "handshake_rate"  # more new clients a second than one address may be
+    # of how many are here already, of its address or of its identity
+    TOO_MANY_CLIENTS = "too_many_clients"
     # before TLS
     PROBE = "probe"  # connected and left without a byte
     PLAINTEXT_CLIENT = "plaintext_client"  # asked for something without TLS
@@ -102,6 +109,7 @@ class SessionEnd(enum.StrEnum):
     REFUSED = "export refused"  # EXPORT_NAME, which has no error reply
     NOT_ALLOWED = "client not allowed"  # by the rules
     EXPELLED = "client no longer allowed"  # after a reload
+    IDLE = "idle for too long"
     UPSTREAM_LOST = "upstream lost"
     SHUTDOWN = "gateway shut down"
     BUG = "bug in the gateway"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gateway.access import Rule, Rules, parse_network
-from gateway.config import read_rules
+from gateway.config import Config, read_config
 from gateway.errors import SettingsError
+from gateway.limits import Limits
 from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
 from gateway.settings import (
     OLDSTYLE_NEEDS,
@@ -50,6 +51,9 @@ def settings_of(
     workers: int,
     handshake_timeout: float,
     drain_timeout: float,
+    limit: tuple[str, ...],
+    reconnect: float,
+    user: str | None,
 ) -> Settings:
     """Flags, and the file that `--config` names, to Settings. Raises SettingsError."""
     if socket is None:
@@ -58,7 +62,8 @@ def settings_of(
         raise SettingsError("--export and --any-export exclude each other")
     if oldstyle and tls != "off":  # said before the certificates that it has no use for are missed
         raise SettingsError(OLDSTYLE_NEEDS)
-    rules = _rules(allow, deny, allow_from, deny_from, config)
+    file = Config() if config is None else read_config(config)
+    rules = _rules(allow, deny, allow_from, deny_from, file.rules)
     if rules.exports and export is not None:
         raise SettingsError(
             f"--export and [[export]] in --config {config} exclude each other: the tables say "
@@ -93,6 +98,9 @@ def settings_of(
         on_revoke=on_revoke,
         reload_interval_s=reload_interval,
         config=config,
+        limits=Limits.of(limit, file.limits),
+        reconnect_s=reconnect,
+        user=user,
         **more,
     )
 
@@ -121,10 +129,9 @@ def _rules(
     deny: tuple[str, ...],
     allow_from: tuple[str, ...],
     deny_from: tuple[str, ...],
-    config: Path | None,
+    file: Rules,
 ) -> Rules:
     """Those of the flags, and then those of the file."""
-    file = Rules() if config is None else read_rules(config)
     return Rules(
         allow=(*(Rule.parse("--allow", text) for text in allow), *file.allow),
         deny=(*(Rule.parse("--deny", text) for text in deny), *file.deny),

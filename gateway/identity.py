@@ -26,12 +26,14 @@ _SHOWN: Final = 80  # characters of a peer's text in a log line
 # Identities kept for clients that come again, a kilobyte or two each. Only what was read out of a
 # certificate is kept: whether it is good is looked at each time, by OpenSSL.
 _KEPT: Final = 128
-MAX_NAMES: Final = 256  # ours, in one certificate: each is held against each rule
+# Ours, in one certificate: each is held against each rule.
+MAX_NAMES: Final = 256
+MAX_NAME_LENGTH: Final = 16 << 10  # of all of them
 
 # Whatever a certificate can hold that `cryptography` does not read.
 _UNREADABLE: Final = (
     *(x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType),
-    UnsupportedAlgorithm,
+    *(UnsupportedAlgorithm, TypeError, KeyError),
 )
 _ECDSA: Final = frozenset(
     {
@@ -159,8 +161,13 @@ def _identity(ders: tuple[bytes, ...]) -> Identity:
         for kind, values in (("DNS", dns), ("URI", uris), ("email", emails)):
             for value in values:
                 _check_text(f"{kind} name", value)
-    if len(common_names) + len(dns) + len(uris) + len(emails) > MAX_NAMES:
-        raise ValueError(f"more than {MAX_NAMES} names in it")
+                if not value.isascii():  # RFC 5280: IA5String
+                    raise ValueError(f"a {kind} name in it that is not ASCII")
+    names_found = (*common_names, *dns, *uris, *emails)
+    if len(names_found) > MAX_NAMES or sum(map(len, names_found)) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"more than {MAX_NAMES} names in it, or more than {MAX_NAME_LENGTH} characters of them"
+        )
     spki = leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return Identity(
         common_name=common_names[0] if len(common_names) == 1 else None,
@@ -219,9 +226,14 @@ def _check_text(what: str, text: str) -> None:
         raise ValueError(f"control characters in its {what}")
 
 
+def printable(text: str) -> str:
+    """Fit for one line of a terminal or a log: nothing moves the cursor or turns the direction."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def shown(text: str) -> str:
-    """A peer's text, fit for one log line: no control characters, not too long."""
-    clean = text
-    if not text.isprintable():
-        clean = "".join(char if char.isprintable() else "?" for char in text)
+    """A peer's text, fit for one log line: printable, not too long."""
+    clean = printable(text)
     return clean if len(clean) <= _SHOWN else clean[: _SHOWN - 3] + "..."

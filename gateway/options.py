@@ -212,6 +212,27 @@ def _serving_options() -> Sequence[Option]:
             help="After SIGTERM: how long requests in flight may take.",
         ),
         click.option(
+            "--limit",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="One of the bounds, as README lists them (clients-per-identity, stall-timeout, "
+            "...); may be repeated.",
+        ),
+        click.option(
+            "--reconnect",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long a server that is gone is dialled anew, while requests wait; 0: not at "
+            "all.",
+        ),
+        click.option(
+            "--user",
+            metavar="USER[:GROUP]",
+            help="Become this user once files are read and sockets bound.",
+        ),
+        click.option(
             "--log-level",
             type=click.Choice(["debug", "info", "warning", "error"]),
             default="info",

@@ -1,10 +1,12 @@
-"""How many clients each worker has, in memory that all of them see, so that they share alike.
+"""What the workers know of each other's clients, in memory that all of them see.
 
-All workers wait on the same listening sockets. A client wakes every one of them, and the quickest
-would end up with all clients. So a worker asks here before it accepts (`Place.others_first`).
+How many each has, so that they share alike: all workers wait on the same listening sockets. A
+client wakes every one of them, and the quickest would end up with all clients. So a worker asks
+here before it accepts (`Place.others_first`). These numbers are advice, and there is no lock: each
+worker writes its own only. One that is read a moment too early or too late costs a few
+milliseconds, or an imbalance of one client.
 
-The numbers are advice, and there is no lock: each worker writes its own only. One that is read a
-moment too early or too late costs a few milliseconds, or an imbalance of one client.
+And who they are, by address and identity, and how fast they came: see `tables`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from typing import Final
+
+from gateway.tables import Column, Rates, Roll
 
 _ENTRY_BYTES: Final = 4  # 0 for a worker that takes no clients, else their number plus one
 
@@ -23,13 +27,18 @@ class Places:
         self.limits = tuple(limits)
         shared = mmap.mmap(-1, _ENTRY_BYTES * len(limits))  # anonymous, and zeroes
         self.entries = memoryview(shared).cast("I")
+        self.addresses, self.identities = Roll(self.limits), Roll(self.limits)
+        self.rates = Rates()
 
     def __len__(self) -> int:
         return len(self.limits)
 
     def clear(self, index: int) -> None:
-        """For the supervisor, when the worker in this place is gone: nobody waits for it."""
+        """For the supervisor, when the worker in this place is gone: nobody waits for it, and its
+        clients are not here any more."""
         self.entries[index] = 0
+        self.addresses.clear(index)
+        self.identities.clear(index)
 
     @property
     def all_open(self) -> bool:
@@ -42,6 +51,10 @@ class Place:
 
     def __init__(self, places: Places, index: int) -> None:
         self.limit = places.limits[index]
+        self.workers = len(places)
+        self.addresses = Column(places.addresses, index)
+        self.identities = Column(places.identities, index)
+        self.rates = places.rates
         self._places = places
         self._index = index
         self._is_open = False
@@ -53,12 +66,12 @@ class Place:
         self.count(self._clients)
 
     def close(self) -> None:
-        """From now on it takes none, and the others need not wait for it."""
+        """From now on it takes none, and the others need not wait for it. Those it has stay."""
         self._is_open = False
-        self._places.clear(self._index)
+        self._places.entries[self._index] = 0
 
     def count(self, clients: int) -> None:
-        """Say how many clients this worker has now."""
+        """Say how many clients this worker has now; its limit if it has no room for another."""
         self._clients = clients
         if self._is_open:
             self._places.entries[self._index] = clients + 1

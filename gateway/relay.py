@@ -7,47 +7,58 @@ A pump waits without a buffer, borrows one when bytes have come, moves as many a
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVarTuple
 
 import trio
 
 from gateway.buffers import Stream, arrange, send_pieces
 from gateway.errors import ChannelClosed, PeerError, SessionEnd
-from gateway.nbd.transmission import Piece, Transmission
+from gateway.lifeline import Redial
+from gateway.nbd.transmission import Transmission
+from gateway.outlet import LAST_WORD_TIMEOUT_S, Outlet
 from gateway.transport import Channel, look
 from gateway.turns import LOOK_S, MANY, OTHERS, TURN_S, Luck, attention
+
+Args = TypeVarTuple("Args")
 
 DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
 LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay once its upstream is gone
 FINISH_TIMEOUT_S: Final = 5.0  # for what the upstream still sends to a client that is gone
-LAST_WORD_TIMEOUT_S: Final = 1.0  # for NBD_CMD_DISC to the upstream
 
 
 class Relay:
     """One session's transmission phase. `run` it once; neither channel is closed by it."""
 
-    def __init__(self, client: Channel, upstream: Channel, transmission: Transmission) -> None:
+    def __init__(
+        self,
+        client: Channel,
+        upstream: Channel,
+        transmission: Transmission,
+        *,
+        redial: Redial | None = None,
+        idle_s: float = math.inf,
+    ) -> None:
+        """With `redial` the upstream may be replaced, and the transmission has to be resumable.
+
+        `idle_s`: how long a client may ask for nothing.
+        """
         self._client = client
-        self._upstream = upstream
         self._transmission = transmission
-        # Each is held from the start of a message to its end, not always by one task; and for good
-        # if a message is cut, for what came next would be taken for the rest of it:
+        self._outlet = Outlet(upstream, transmission, redial)
+        self._idle_s = idle_s
+        # Held from the start of a message to its end, not always by one task; and for good if the
+        # message is cut, for what came next would be taken for the rest of it.
         self._client_writer = trio.Semaphore(1, max_value=1)
-        self._upstream_writer = trio.Semaphore(1, max_value=1)
-        self._follow_ups = trio.Event()
         self._room = trio.Event()  # the upstream has answered something
         self._nursery: trio.Nursery | None = None
-        self._sends_follow_ups = False
-        self._upstream_gone = trio.Event()
-        self._upstream_clean = True  # at a message boundary, as far as the upstream has seen
         self._luck = (Luck(), Luck())  # with requests in flight, and without
         self._scope = trio.CancelScope()
         self._end = SessionEnd.SHUTDOWN
         self.detail = ""
         self._shutting_down = False
-        self._left = False
         self._replies = Stream(upstream)
         self._unsent: list[bytes | memoryview] = []  # of the replies that were taken last
         self._all_sent = trio.Event()
@@ -67,13 +78,13 @@ class Relay:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
-                    nursery.start_soon(self._until_it_ends, self._pump_replies, self._replies)
+                    nursery.start_soon(self._until_it_ends, self._pump_replies)
                     await self._until_it_ends(self._pump_requests, requests)
                     nursery.cancel_scope.cancel()
         finally:
             attention.forget(self)
             requests.give_back()
-            await self._take_leave()
+            await self._outlet.take_leave()
         return self._end
 
     async def aclose(self) -> None:
@@ -94,17 +105,20 @@ class Relay:
         finally:
             self._replies.give_back()
 
-    async def _until_it_ends(
-        self, pump: Callable[[Stream], Awaitable[None]], stream: Stream
-    ) -> None:
+    @property
+    def upstream(self) -> Channel:
+        """The upstream's channel as it is now: another one than at first if it was replaced."""
+        return self._outlet.channel
+
+    async def _until_it_ends(self, pump: Callable[[*Args], Awaitable[None]], *args: *Args) -> None:
         """Run a pump. What is to be expected of a client is no exception further out."""
         try:
-            await pump(stream)
+            await pump(*args)
         except PeerError as fault:
             self._end, self.detail = SessionEnd.CLIENT_BROKE_PROTOCOL, fault.what
             self._scope.cancel()
         except ChannelClosed as closed:
-            if not self._upstream_gone.is_set():  # else it leaves because it was told so
+            if not self._outlet.gone.is_set():  # else it leaves because it was told so
                 self._end, self.detail = SessionEnd.CLIENT_LEFT, str(closed)
             self._scope.cancel()
 
@@ -121,7 +135,7 @@ class Relay:
         if stream.has_leftovers:
             ended = await self._take_requests(stream, anyway=True)
         while not ended:
-            await self._client.readable()
+            await self._until_client_asks()
             alone = attention.undivided(self)
             if not alone:
                 await self._let_others_go_first()
@@ -134,6 +148,18 @@ class Relay:
                 finally:
                     stream.keep(False)
                     self._replies.keep(False)
+
+    async def _until_client_asks(self) -> None:
+        if self._idle_s == math.inf:
+            await self._client.readable()
+            return
+        while True:
+            with trio.move_on_after(self._idle_s):
+                await self._client.readable()
+                return
+            if self._idle:
+                self._end = SessionEnd.IDLE
+                self._scope.cancel()
 
     async def _let_others_go_first(self) -> None:
         """What has come will not be all that comes, and to move two at a time costs little more
@@ -174,11 +200,11 @@ class Relay:
         task it is: it finds its socket readable.
         """
         end = time.perf_counter() + TURN_S
-        while not self._upstream_gone.is_set() and time.perf_counter() < end:
+        while not self._upstream_over and time.perf_counter() < end:
             luck = self._luck[self._transmission.idle]
             if not luck.worth_it():
                 break
-            from_client, from_upstream = look(self._client, self._upstream, LOOK_S)
+            from_client, from_upstream = look(self._client, self._outlet.channel, LOOK_S)
             luck.found(from_client or from_upstream)
             if from_upstream:
                 if not self._return_at_once():
@@ -196,8 +222,12 @@ class Relay:
 
     async def _forward(self, stream: Stream) -> None:
         """Walk what is held, send it upstream, and answer what is answered here."""
-        transmission = self._transmission
-        was_open = transmission.mid_request
+        transmission, outlet = self._transmission, self._outlet
+        was_open = holds = transmission.mid_request
+        if outlet.replaceable and not (was_open or outlet.gone.is_set()):
+            # What is walked has to be on its way before the upstream can be replaced.
+            await outlet.begin()
+            holds = True
         consumed, pieces = transmission.requests(stream.buffer, 0, stream.held)
         if transmission.mid_payload and not stream.full:
             # A header without its payload: it is worth a system call to send both in one go.
@@ -206,12 +236,13 @@ class Relay:
                 stream.read(probe=True)
             consumed, more = transmission.requests(stream.buffer, consumed, stream.held)
             pieces += more
-        if pieces and not self._upstream_gone.is_set():
-            if not was_open:
-                await _begin(self._upstream_writer)
-            await self._send_upstream(stream.buffer, pieces)
-            if not transmission.mid_request:
-                self._upstream_writer.release()
+        if pieces and not outlet.gone.is_set():
+            if not holds:
+                await outlet.begin()
+            await outlet.send(stream.buffer, pieces)
+            outlet.end()
+        elif holds and not was_open:
+            outlet.end()
         stream.done_with(consumed)
         if transmission.follow_ups_due:
             self._wake_follow_ups()
@@ -220,41 +251,16 @@ class Relay:
             await self._client.send_all(replies)
             self._client_writer.release()
 
-    async def _send_upstream(self, buffer: bytearray, pieces: Sequence[Piece]) -> None:
-        """Whole messages, or up to where the payload of the last is still to come."""
-        self._upstream_clean = False
-        try:
-            await send_pieces(self._upstream, buffer, pieces)
-        except ChannelClosed:
-            # It may have left answers behind: the other pump reads them, up to its EOF.
-            self._upstream.shutdown()
-            await self._upstream_gone.wait()
-        else:
-            self._upstream_clean = not self._transmission.mid_request
-
     def _wake_follow_ups(self) -> None:
-        """Either pump may have made requests of our own; a task of its own sends them, for a pump
-        that waits for the upstream to take bytes would not take the upstream's."""
-        self._follow_ups.set()
-        if not self._sends_follow_ups:
-            assert self._nursery is not None
-            self._sends_follow_ups = True
-            self._nursery.start_soon(self._send_follow_ups)
-
-    async def _send_follow_ups(self) -> None:
-        transmission, nothing = self._transmission, bytearray()
-        while not self._upstream_gone.is_set():
-            await self._follow_ups.wait()
-            self._follow_ups = trio.Event()
-            while transmission.follow_ups_due and not self._upstream_gone.is_set():
-                await _begin(self._upstream_writer)
-                await self._send_upstream(nothing, transmission.take_follow_ups())
-                self._upstream_writer.release()
+        """Either pump may have made requests of our own."""
+        assert self._nursery is not None
+        self._outlet.wake_follow_ups(self._nursery)
 
     async def _client_done(self, end: SessionEnd) -> None:
         """The client will send no more. Let what is in flight be answered, for a while."""
-        gone = self._upstream_gone.is_set() or self._upstream_over
-        left = self._left and self._transmission.upstream_ends
+        outlet = self._outlet
+        gone = outlet.gone.is_set() or (self._upstream_over and not outlet.replaceable)
+        left = outlet.has_left and self._transmission.upstream_ends
         self._end = SessionEnd.UPSTREAM_LOST if gone or left else end
         if self._end is SessionEnd.CLIENT_LEFT and self._client.truncated:
             self.detail = "connection cut without an end of TLS"
@@ -276,7 +282,14 @@ class Relay:
 
     # -- upstream to client
 
-    async def _pump_replies(self, stream: Stream) -> None:
+    async def _pump_replies(self) -> None:
+        await self._pump_replies_of(self._replies)
+        while await self._replace_upstream():
+            await self._pump_replies_of(self._replies)
+        await self._lose_upstream()
+
+    async def _pump_replies_of(self, stream: Stream) -> None:
+        """Up to the end of this upstream."""
         while not self._upstream_over:
             await stream.channel.readable()
             if not attention.undivided(self):
@@ -289,7 +302,6 @@ class Relay:
             self._take_replies(stream)
             await self._send_unsent(stream)
         await self._until_all_is_sent()
-        await self._lose_upstream()
 
     async def _until_all_is_sent(self) -> None:
         """If the other pump took replies and could not send them at once: these come first."""
@@ -317,6 +329,8 @@ class Relay:
             if transmission.upstream_fault:
                 self.detail, self._upstream_over = transmission.upstream_fault.what, True
         if stream.channel.eof:
+            self._upstream_over = True
+        if transmission.upstream_leaves and self._outlet.hold_back():
             self._upstream_over = True
 
     async def _send_unsent(self, stream: Stream) -> None:
@@ -356,8 +370,8 @@ class Relay:
                 stream.done_with(self._taken)
         if not handed_over:
             self._all_is_sent()
-        if self._upstream_over:
-            self._upstream.shutdown()  # wakes the other pump
+        if self._upstream_over and not stream.channel.eof:
+            stream.channel.shutdown()  # wakes the other pump, as an end of file does
         return not (handed_over or self._upstream_over)
 
     def _all_is_sent(self) -> None:
@@ -372,17 +386,35 @@ class Relay:
         """It has said so; once nothing is in flight it is to be left in peace."""
         if self._transmission.upstream_ends and self._transmission.idle:
             self.detail = "it is shutting down"
-            await self._take_leave()
-            self._upstream.shutdown()  # which ends the session
+            await self._outlet.take_leave()
+            self._outlet.channel.shutdown()  # which ends the session
+
+    async def _replace_upstream(self) -> bool:
+        """Go on with another upstream, if there is one."""
+        assert self._nursery is not None
+        if self._transmission.upstream_fault or not await self._outlet.replace(self._nursery):
+            return False
+        self._replies.give_back()  # half a message of the last one, perhaps
+        self._replies = Stream(self._outlet.channel)
+        self._upstream_over = False
+        self.detail = ""
+        _, pieces = self._transmission.replies(bytearray(), 0, 0)
+        if pieces:
+            await _begin(self._client_writer)
+            await send_pieces(self._client, bytearray(), pieces)
+            self._client_writer.release()
+        if self._transmission.follow_ups_due:
+            self._wake_follow_ups()
+        self._room.set()
+        self._end_if_idle()
+        return True
 
     async def _lose_upstream(self) -> None:
         """Tell the client that there is no upstream any more, and let it go in peace."""
         self._end = SessionEnd.UPSTREAM_LOST
-        self._upstream_clean = False
-        self._upstream.shutdown()  # wakes the other pump if it is sending
         was_open = self._transmission.mid_reply
         last_words = self._transmission.lose_upstream()
-        self._upstream_gone.set()
+        self._outlet.lose()
         self._room.set()
         if last_words is None:
             self._scope.cancel()  # a promised payload will not come: only hanging up is left
@@ -399,21 +431,10 @@ class Relay:
 
     # -- the end
 
-    async def _take_leave(self) -> None:
-        """NBD_CMD_DISC for the upstream, unless it would take that for data."""
-        if self._left or not self._upstream_clean or self._transmission.mid_request:
-            return
-        self._left = True
-        with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_TIMEOUT_S, shield=True):
-            try:
-                await self._upstream.send_all(self._transmission.disconnect_request())
-            except ChannelClosed:
-                pass  # it went first
-
     async def _discard_replies(self) -> None:
         """Read and check replies as before, for a client that is gone, until none is due."""
         transmission, stream = self._transmission, self._replies
-        while not (self._upstream_gone.is_set() or transmission.upstream_fault):
+        while not (self._upstream_over or transmission.upstream_fault):
             due = transmission.in_flight - transmission.mid_request  # that one is never answered
             if not due and not transmission.mid_reply:
                 break

@@ -26,6 +26,7 @@ SettingsError."""
 
 _AGAIN_S: Final = 1.0  # between the two reads that have to be equal
 _READ_S: Final = 30.0  # for all the files; then the set of before stays, and it is said
+_RETRY_S: Final = 60.0  # until what was refused is looked at once more, unless somebody asks
 # What a reload takes over. The name of the URI that is printed is nobody's right.
 _RELOADED: Final = frozenset({"tls", "rules", "export"})
 
@@ -52,18 +53,23 @@ class Reloader:
         keeper: Keeper,
         apply: Callable[[Trust], Awaitable[None]],
         *,
+        refused: Callable[[], None] = lambda: None,
         reread: Reread | None = None,
         log: logging.Logger | logging.LoggerAdapter[Any] = logger,
     ) -> None:
-        """`apply` is called with each new set, when the keeper has it. Without `reread` the rules
-        stay, and the files are those of `settings`."""
+        """`apply` is called with each new set, when the keeper has it, and with the old one when
+        the files are good again; `refused` whenever they cannot be used. Without `reread` the
+        rules stay, and the files are those of `settings`."""
         self._settings = settings
         self._keeper = keeper
         self._apply = apply
+        self._tell_refused = refused
         self._reread = reread
         self._log = log
         self._asked = trio.Event()
         self._refused = ""  # what was last said against a set
+        self._refused_digest = b""  # of which, if it was complete,
+        self._retry_at = -math.inf  # and when to look at that once more
         self._restart_for: tuple[str, ...] = ()  # what was last said to need a restart
 
     def ask(self) -> None:
@@ -81,16 +87,20 @@ class Reloader:
                 await self._look(asked=asked)
             except Exception:  # the set of before serves on
                 self._log.exception("bug: the reload failed")
+                self._tell_refused()
 
     async def _look(self, *, asked: bool) -> None:
+        seen: _Seen | None = None
         try:
             seen = await self._read() if asked else await self._read_quietly()
             if seen is None:
                 return
             if not asked:
                 if seen.digest == self._keeper.trust.digest:
-                    self._refused = ""
+                    await self._good_again()
                     return
+                if seen.digest == self._refused_digest and trio.current_time() < self._retry_at:
+                    return  # to load it takes time, and only its dates can make it good
                 await self._pause()  # it may be half of what is being written
                 if (again := await self._read()).digest != seen.digest:
                     return
@@ -98,19 +108,27 @@ class Reloader:
             before = self._keeper.trust
             if seen.digest == before.digest:
                 self._log.info("reload: the files and rules are those in use")
-                self._refused = ""
+                await self._good_again()
                 return
+            self._refused_digest = seen.digest
+            self._retry_at = trio.current_time() + _RETRY_S
             trust = await _in_thread(load_trust, seen.settings, seen.files, before)
         except SettingsError as wrong:
             self._refuse(str(wrong), asked=asked)
             return
-        self._refused = ""
+        self._refused, self._refused_digest = "", b""
         self._keeper.replace(trust)
         self._log.info("reload: %s", _changes(before, trust))
         for concern in trust.concerns(datetime.now(UTC)):
             self._log.warning("%s", concern)
         self._warn_of_restart(seen.settings)
         await self._apply(trust)
+
+    async def _good_again(self) -> None:
+        """The files are those in use."""
+        if self._refused:
+            self._refused, self._refused_digest = "", b""
+            await self._apply(self._keeper.trust)
 
     async def _read(self) -> _Seen:
         with trio.move_on_after(_READ_S):
@@ -139,6 +157,7 @@ class Reloader:
         if asked or wrong != self._refused:
             self._refused = wrong
             self._log.error("reload refused, the files and rules of before stay: %s", wrong)
+        self._tell_refused()
 
     def _warn_of_restart(self, now: Settings) -> None:
         changed = tuple(

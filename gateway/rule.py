@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import pwd
 import re
 import unicodedata
@@ -13,10 +14,11 @@ from urllib.parse import unquote
 
 from gateway import dn
 from gateway.errors import SettingsError
-from gateway.identity import Identity
+from gateway.identity import Identity, shown
 
 KINDS: Final = ("cn", "dn", "dns", "uri", "email", "sha256", "spki", "psk", "uid")
 _ANY: Final = "*"
+ANYBODY: Final = "anybody"  # the kind of `Rule.anybody`, which no text has
 _WHOLE: Final = frozenset({"cn", "psk"})  # kinds in which a lone `*` is all there can be
 _SEPARATORS: Final = frozenset({"", ".", "/", "?", "#", "//", "@"})
 _MAX_UID: Final = (1 << 32) - 2  # Linux: the one above stands for "no user"
@@ -34,6 +36,12 @@ _PLAIN: Final = {
     "cn": re.compile(r"[^*]+"),
     "psk": re.compile(r"[^*]+"),
 }
+_KEPT: Final = 1024  # names in the form in which they are denied; it takes time to make
+_IGNORABLE: Final = (
+    *(range(0x34F, 0x350), range(0x115F, 0x1161), range(0x17B4, 0x17B6), range(0x180B, 0x1810)),
+    *(range(0x3164, 0x3165), range(0xFE00, 0xFE10), range(0xFFA0, 0xFFA1)),
+    range(0xE0000, 0xE1000),
+)
 _DOTS: Final = re.compile(r"/\.\.?(?:/|\Z)")  # segments by which a path is walked out of
 
 
@@ -61,14 +69,21 @@ class Rule:
         if kind not in KINDS or not equals:
             near = difflib.get_close_matches(kind.strip().lower(), KINDS, 1, 0.5)
             hint = f"did you mean {near[0]}=?" if near else f"kinds are {', '.join(KINDS)}"
-            raise SettingsError(f"{flag} {text}: a rule is KIND=VALUE; {hint}")
+            raise SettingsError(f"{flag} {shown(text)}: a rule is KIND=VALUE; {hint}")
         try:
             return cls(kind, _pattern(kind, value), text)
         except ValueError as wrong:
-            raise SettingsError(f"{flag} {text}: {wrong}") from None
+            raise SettingsError(f"{flag} {shown(text)}: {wrong}") from None
+
+    @classmethod
+    def anybody(cls) -> Rule:
+        """Whoever may enter. Only for lists of those to whom an export is open."""
+        return cls(ANYBODY, (_ANY,), _ANY)
 
     def matches(self, identity: Identity) -> bool:
         """Whether this client is meant, beyond doubt."""
+        if self.kind == ANYBODY:
+            return True
         if self.kind == "dn":
             return self.parts == identity.rdns
         values = _values(self.kind, identity)
@@ -143,8 +158,9 @@ def _parts(kind: str, value: str) -> tuple[str, ...]:
             parts = [scheme.lower() + colon]
             if rest.startswith("//"):
                 host = re.split(r"[/?#]", rest[2:], maxsplit=1)[0]
-                parts += ["//", *re.split(r"(\.)", host.lower())]
                 rest = rest[2 + len(host) :]
+                user, at, host = host.rpartition("@")  # of which only the host has no case
+                parts += ["//", *re.split(r"(\.)", user + at + host.lower())]
             return (*parts, *re.split(r"([/?#])", rest))
         case "cn" | "psk":
             return tuple(re.split(r"(\.)", value))
@@ -171,14 +187,20 @@ def _fits(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 def _fold(text: str) -> str:
     """One form for what X.500 and people take for the same name: case, blanks, widths."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    seen = (char for char in folded if unicodedata.category(char) != "Cf")  # those have no width
+    seen = (char for char in folded if not _has_no_width(char))
     return " ".join("".join(seen).split())
 
 
-def _fold_all(texts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(_fold(text) for text in texts)
+def _has_no_width(char: str) -> bool:
+    """Unicode: format characters, and others that are "default ignorable"."""
+    return unicodedata.category(char) == "Cf" or any(ord(char) in one for one in _IGNORABLE)
 
 
+def _fold_all(rdns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dn.joined(_fold(one) for one in dn.attributes_of(rdn)) for rdn in rdns)
+
+
+@functools.lru_cache(_KEPT)
 def _loose_parts(kind: str, value: str) -> tuple[str, ...]:
     if kind == "uri":
         value = "".join(_walked(unquote(value)))

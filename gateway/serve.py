@@ -12,8 +12,10 @@ import mmap
 import os
 import select
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from typing import Final
 
 import trio
 
@@ -22,10 +24,21 @@ from gateway.places import Places
 from gateway.reload import Reread
 from gateway.server import Part, Server, allow_descriptors, open_listeners, uris
 from gateway.settings import Settings
-from gateway.trust import Trust, load_trust
+from gateway.snapshot import Snapshot
+from gateway.trust import (
+    Guards,
+    Trust,
+    check_guards,
+    digest_of,
+    guards_of,
+    load_trust,
+    parts_of,
+)
 from gateway.workers import CUT, RELOAD, Post, WorkerLog, Workers
 
 logger = logging.getLogger(__name__)
+
+_AGAIN_S: Final = 1.0  # between the two reads of a new worker
 
 Say = Callable[[str], None]
 """What is done with each NBD URI, once clients are served. BrokenPipeError ends the gateway."""
@@ -86,7 +99,7 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
 
 class _InUse:
     """What the workers tell each other, in memory that they share: the digest of the set that was
-    loaded last, and whether there has been a CRL."""
+    loaded last, and the guards that any set has had."""
 
     def __init__(self, trust: Trust) -> None:
         self._memory = mmap.mmap(-1, len(trust.digest) + 1)
@@ -96,16 +109,15 @@ class _InUse:
     def put(self, trust: Trust) -> None:
         """A worker has loaded this one. Half of it from one and half from another is no digest."""
         self._memory[: self._size] = trust.digest
-        if trust.crls:
-            self._memory[self._size] = 1
+        self._memory[self._size] |= guards_of(trust)
 
     def still_is(self, trust: Trust) -> bool:
         """Whether nothing newer has been loaded."""
         return self._memory[: self._size] == trust.digest
 
     @property
-    def had_crls(self) -> bool:
-        return bool(self._memory[self._size])
+    def guards(self) -> Guards:
+        return Guards(self._memory[self._size])
 
 
 def _serve_with_workers(settings: Settings, say: Say, reread: Reread | None) -> bool:
@@ -122,7 +134,7 @@ def _serve_with_workers(settings: Settings, say: Say, reread: Reread | None) -> 
                 now = _load_again(settings, reread, trust, in_use, post)
             if now is None:
                 return True
-            part = Part(now, listeners.shared(), post, in_use.put)
+            part = Part(now, listeners.shared(), post, in_use.put, in_use.still_is)
             return trio.run(_work, Server(settings, part, reread=reread), post)
 
         shares = settings.shares
@@ -143,10 +155,11 @@ def _load_again(
     log, said = WorkerLog(logger, post.number), ""
     while True:
         try:
-            trust = load_trust(settings if reread is None else reread(), None, first)
-            if in_use.had_crls and not trust.crls:
-                raise SettingsError("--crl is gone, and with it what was revoked")
-        except SettingsError as wrong:
+            trust = _load_steadily(settings if reread is None else reread, first)
+            check_guards(in_use.guards, trust)
+        except Exception as wrong:
+            if not isinstance(wrong, SettingsError):
+                log.exception("bug: the files cannot be looked at")
             if in_use.still_is(first):
                 log.error("the files cannot be used, those of the start serve on: %s", wrong)
                 return first
@@ -158,6 +171,25 @@ def _load_again(
         else:
             in_use.put(trust)
             return trust
+
+
+def _load_steadily(reread: Settings | Reread, first: Trust) -> Trust:
+    """As the others do it: two reads have to be equal, since it may be half of what is being
+    written. Raises SettingsError."""
+
+    def read() -> tuple[Settings, Snapshot, bytes]:
+        settings = reread if isinstance(reread, Settings) else reread()
+        files = Snapshot.take(settings.tls)
+        return settings, files, digest_of(parts_of(settings, files))
+
+    before = read()
+    if before[2] == first.digest:
+        return load_trust(before[0], before[1], first)
+    time.sleep(_AGAIN_S)
+    settings, files, digest = read()
+    if digest != before[2]:
+        raise SettingsError("the files are being written")
+    return load_trust(settings, files, first)
 
 
 def _waits_for_order(post: Post, seconds: float) -> bool:

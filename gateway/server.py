@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+import functools
 import logging
 import os
 import resource
-import select
 import signal
 import socket
 from collections.abc import Callable
@@ -15,9 +14,13 @@ from typing import Final
 
 import trio
 
+from gateway.accepting import accept_from
 from gateway.errors import Refusal, SessionEnd
+from gateway.few_lines import FewLines
+from gateway.gate import Entry, Gate, Refused
 from gateway.identity import Identity
 from gateway.listeners import Listeners
+from gateway.places import Place, Places
 from gateway.reload import Reloader, Reread
 from gateway.session import Session
 from gateway.settings import Settings
@@ -27,31 +30,6 @@ from gateway.workers import Post, WorkerLog
 logger = logging.getLogger(__name__)
 
 _OTHER_DESCRIPTORS: Final = 64  # listeners, log, epoll, ...
-# A client in the queue is left to a worker that has fewer, and looked for again after each of these
-# waits; after the last one that worker is taken to be busy or stuck.
-_OTHERS_FIRST_S: Final = (0.001, 0.002, 0.003, 0.004)
-# How long a client without TLS is safe from being put out when all slots are taken; a handshake
-# takes five round trips at most.
-_UNPROVEN_S: Final = 1.5
-_RECHECKED: Final = 64  # sessions after a reload, between two turns of the others
-_BACK_OFF_S: Final = (0.005, 1.0)  # first and longest wait after an accept that failed
-# Out of descriptors or memory: it may get better. Everything else about a listener is a bug.
-_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-# accept(2): errors of the connection itself, "treat them like EAGAIN".
-_GONE = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.EPERM,
-        errno.EPROTO,
-        errno.ENETDOWN,
-        errno.ENOPROTOOPT,
-        errno.EHOSTDOWN,
-        errno.ENONET,
-        errno.EHOSTUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ENETUNREACH,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +40,7 @@ class Part:
     listeners: Listeners
     post: Post
     in_use: Callable[[Trust], None] = lambda _: None  # told of each new set
+    is_newest: Callable[[Trust], bool] = lambda _: True  # whether no other has a newer one
 
 
 class _Elsewhere(Trust):
@@ -84,20 +63,24 @@ class Server:
         """
         self._settings = settings
         self._part = part
-        self._place = None if part is None else part.post.place
         self._keeper = Keeper(load_trust(settings) if part is None else part.trust)
         self._log = logger if part is None else WorkerLog(logger, part.post.number)
-        limit = settings.max_connections if self._place is None else self._place.limit
-        self._slots = trio.Semaphore(limit)
-        # In the order of their beginning, each with its client's IP address.
-        self._sessions: dict[Session, str | None] = {}
-        self._clients = 0  # accepted and not yet closed
+        alone = Places((settings.max_connections,))
+        self._place = Place(alone, 0) if part is None else part.post.place
+        self._gate = Gate(settings.limits, self._place)
+        self._refused = FewLines(self._log, "clients were closed without a word")
+        self._sessions: dict[Session, Entry] = {}  # in the order of their beginning
         self._count = 0
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
         self._has_cut = False
         self._reloader = Reloader(
-            settings, self._keeper, self._recheck, reread=reread, log=self._log
+            settings,
+            self._keeper,
+            self._recheck,
+            refused=self._look_at_others,
+            reread=reread,
+            log=self._log,
         )
 
     async def run(
@@ -122,12 +105,19 @@ class Server:
             listeners = self._part.listeners
         async with trio.open_nursery() as signals:
             signals.start_soon(self._reloader.run)
+            signals.start_soon(self._refused.run)
             with self._serving:
                 async with trio.open_nursery() as sessions:
                     with listeners, self._accepting:
                         async with trio.open_nursery() as accepting:
                             for sock in listeners.sockets:
-                                accepting.start_soon(self._accept_from, sock, sessions)
+                                accepting.start_soon(
+                                    accept_from,
+                                    sock,
+                                    self._gate,
+                                    functools.partial(self._bring_in, sessions),
+                                    self._log,
+                                )
                             if handle_signals:
                                 await signals.start(self._end_on_signal)
                             task_status.started(
@@ -135,8 +125,7 @@ class Server:
                                 if self._part is None
                                 else []
                             )
-                    if self._place is not None:
-                        self._place.close()
+                    self._place.close()
                     self._log.info("listeners closed, %d sessions to end", len(self._sessions))
                     self._serving.deadline = trio.current_time() + settings.drain_timeout_s
                     for session in list(self._sessions):
@@ -164,97 +153,38 @@ class Server:
         """What new clients are measured by."""
         return self._keeper.trust
 
-    # -- accepting
-
-    async def _accept_from(self, listener: socket.socket, sessions: trio.Nursery) -> None:
-        back_off_s, longest_s = _BACK_OFF_S
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            if not await self._is_ours(listener):
-                continue
-            # Taken before accept: a client that cannot be served waits in the backlog.
-            if not await self._take_slot(listener):
-                continue
-            try:
-                sock, address = listener.accept()
-            except OSError as error:
-                self._slots.release()
-                if isinstance(error, BlockingIOError) or error.errno in _GONE:
-                    continue
-                if error.errno not in _OUT_OF:
-                    raise
-                self._log.warning("cannot accept, trying again: %s", error.strerror)
-                await trio.sleep(back_off_s)
-                back_off_s = min(2 * back_off_s, longest_s)
-                continue
-            back_off_s = _BACK_OFF_S[0]
-            self._count += 1
-            if not self._admits(sock, address):
-                self._slots.release()
-                continue
-            self._add_client(1)
-            sessions.start_soon(self._serve, sock, address, self._name())
-
-    def _admits(self, sock: socket.socket, address: object) -> bool:
-        """Whether a client of this address is listened to; else it is closed without a word."""
-        host = _host(sock, address)
-        if host is None or self._keeper.trust.rules.admits(host):
-            return True
-        logger.info(
-            "[%s] %s: closed: %s (%s: by --allow-from or --deny-from); 0 bytes in, 0 out, 0.0 s",
-            self._name(),
-            _peer(sock, address),
-            SessionEnd.NOT_ALLOWED,
-            Refusal.ADDRESS_NOT_ALLOWED,
-        )
-        sock.close()
-        return False
-
-    def _name(self) -> str:
-        """Of the session that was accepted last."""
-        return str(self._count) if self._part is None else f"{self._part.post.number}.{self._count}"
-
-    async def _is_ours(self, listener: socket.socket) -> bool:
-        """Leave a client to a worker that has fewer, for a while. False: it has been taken."""
-        if self._place is None:
-            return True
-        for wait_s in _OTHERS_FIRST_S:
-            if not self._place.others_first():
-                break
-            await trio.sleep(wait_s)
-            if not _has_client(listener):
-                return False
-        return True
-
-    async def _take_slot(self, listener: socket.socket) -> bool:
-        """Wait for a slot. If none is free, end a session without TLS that is no longer new.
-
-        So silent clients keep nobody out for long. The oldest goes first; with workers, the oldest
-        of each, since each that is full makes room for whoever waits in the queue they share.
-        False: the client that waited is gone, or another worker has it.
-        """
-        while True:
-            if not self._slots.value:
-                if not _has_client(listener):
-                    return False
-                for session in self._sessions:
-                    if session.unproven_s > _UNPROVEN_S:
-                        session.evict()
-                        break
-            with trio.move_on_after(_UNPROVEN_S):
-                await self._slots.acquire()
-                return True
-
-    def _add_client(self, change: int) -> None:
-        self._clients += change
-        if self._place is not None:
-            self._place.count(self._clients)
-
     # -- one client
 
-    async def _serve(self, sock: socket.socket, address: object, name: str) -> None:
-        session = Session(sock, _peer(sock, address), name, self._settings, self._keeper)
-        self._sessions[session] = _host(sock, address)
+    def _bring_in(self, sessions: trio.Nursery, sock: socket.socket, address: object) -> None:
+        """A client has come: give it a session, or close it without a word."""
+        self._count += 1
+        number, part = str(self._count), self._part
+        name = number if part is None else f"{part.post.number}.{number}"
+        host, peer = _host(sock, address), _peer(sock, address)
+        try:
+            if host is not None and not self._keeper.trust.rules.admits(host):
+                raise Refused(Refusal.ADDRESS_NOT_ALLOWED, "by --allow-from or --deny-from")
+            entry = self._gate.enter(host)
+        except Refused as refused:
+            sock.close()
+            self._refused.info(
+                refused.reason,
+                f"[{name}] {peer}: closed: {SessionEnd.NOT_ALLOWED} ({refused.reason}: {refused}); "
+                "0 bytes in, 0 out, 0.0 s",
+            )
+            return
+        try:
+            session = Session(sock, peer, name, self._settings, self._keeper, entry.prove)
+        except OSError as error:  # of the connection, or memory
+            sock.close()
+            entry.close()
+            self._log.warning("cannot serve %s: %s", peer, error.strerror)
+            return
+        entry.evict = session.evict
+        self._sessions[session] = entry
+        sessions.start_soon(self._serve, session, entry)
+
+    async def _serve(self, session: Session, entry: Entry) -> None:
         try:
             await session.run()
         except BaseException:  # one trio.Cancelled or a group of them: it raises nothing else
@@ -262,8 +192,7 @@ class Server:
             raise
         finally:
             del self._sessions[session]
-            self._slots.release()
-            self._add_client(-1)
+            entry.close()
 
     # -- another set
 
@@ -274,17 +203,27 @@ class Server:
             self._part.in_use(trust)
         elsewhere = _Elsewhere(trust.context, trust.rules)
         keep = self._settings.on_revoke == "keep"
-        for number, (session, host) in enumerate(list(self._sessions.items()), 1):
+        self._gate.reopen()
+        for session, entry in list(self._sessions.items()):
             try:
-                admitted = host is None or trust.rules.admits(host)
+                admitted = entry.host is None or trust.rules.admits(entry.host)
                 session.recheck(trust if admitted else elsewhere, keep=keep)
-                if not admitted and session.unproven_s:
+                if not admitted and not entry.proven:
                     session.expel(f"{Refusal.ADDRESS_NOT_ALLOWED}: its address is kept out now")
             except Exception:  # of one client we know nothing then
                 self._log.exception("bug: a client cannot be measured by the new set: ending it")
                 session.expel("it could not be measured by the new set")
-            if number % _RECHECKED == 0:
-                await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
+
+    def _look_at_others(self) -> None:
+        """The files cannot be used. Has another worker something newer than this one?"""
+        if self._part is not None and not self._part.is_newest(self._keeper.trust):
+            if not self._gate.is_shut:
+                self._log.error(
+                    "other workers have gone on to later files: nobody enters here until they can "
+                    "be read again"
+                )
+            self._gate.shut()
 
     # -- the end
 
@@ -334,13 +273,6 @@ def allow_descriptors(settings: Settings) -> None:
             needed,
             limit,
         )
-
-
-def _has_client(listener: socket.socket) -> bool:
-    """Whether a client waits in its queue."""
-    queue = select.poll()
-    queue.register(listener, select.POLLIN)
-    return bool(queue.poll(0))
 
 
 def _host(sock: socket.socket, address: object) -> str | None:

@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -14,8 +15,10 @@ import trio
 from gateway.admission import Admission, proven_by_kernel
 from gateway.errors import ChannelClosed, PeerError, Refusal, SessionEnd, TLSRefused
 from gateway.identity import Identity
+from gateway.limits import Limits
 from gateway.nbd.haggling import Haggling
 from gateway.nbd.negotiation import (
+    Allowance,
     Ask,
     Barred,
     Close,
@@ -31,7 +34,8 @@ from gateway.nbd.negotiation import (
 from gateway.nbd.oldstyle import OldstyleHaggling
 from gateway.nbd.pairing import Question, Terms
 from gateway.nbd.policy import ExportPolicy
-from gateway.nbd.transmission import Transmission
+from gateway.nbd.transmission import InFlightLimits, Transmission
+from gateway.redial import Redialler
 from gateway.relay import Relay
 from gateway.settings import Settings
 from gateway.tls import LEFT, refusal
@@ -46,7 +50,6 @@ CLOSE_TIMEOUT_S: Final = 3.0
 # client's options, which come by the thousand if it likes, do not starve them.
 _RECEIVE: Final = 4096
 _QUIET_ENDS: Final = frozenset({SessionEnd.PROBE})
-_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
 class SessionLog(logging.LoggerAdapter[logging.Logger]):
@@ -79,14 +82,21 @@ class _Agreed:
 class Session:
     """One client. `run` it once; it closes the socket and never raises but for cancellation.
 
-    `name` is for the log. Who may enter is what the keeper's set says at that moment; without a
+    `name` is for the log. `counts_in` is told who the client is once it may open something; False:
+    too many of them are here. Who may enter is what the keeper's set says at that moment; without a
     context in it this is NOTLS mode (proto.md, "NOTLS mode"), for loopback and Unix sockets.
     In transmission, which may last for months, it holds on to nothing of the negotiation but who
     the client is and what it has opened.
     """
 
     def __init__(
-        self, sock: socket.socket, peer: str, name: str, settings: Settings, keeper: Keeper
+        self,
+        sock: socket.socket,
+        peer: str,
+        name: str,
+        settings: Settings,
+        keeper: Keeper,
+        counts_in: Callable[[Identity], bool] = lambda _: True,
     ) -> None:
         self._log = SessionLog(name, peer)
         self._settings = settings
@@ -94,9 +104,12 @@ class Session:
         self._tls = keeper.trust.context is not None
         self._channel = Channel(sock)
         self._upstream: Channel | None = None  # in transmission
+        self._redial: Redialler | None = None
         self._machine: PlainHaggling | Haggling | Barred | OldstyleHaggling | None = None
         self._relay: Relay | None = None
         self._admission = Admission(settings)
+        self._counts_in = counts_in
+        self.proven = False  # that it may open something
         self._tls_words = "no TLS"
         self._shutting_down = False
         self._evicted = False
@@ -104,7 +117,7 @@ class Session:
         self._started = trio.current_time()
         deadline = self._started + settings.handshake_timeout_s
         self._scope = trio.CancelScope(deadline=deadline)  # until the end, the deadline until GO
-        _tune(sock)
+        _tune(sock, settings.limits)
 
     async def run(self) -> None:
         """Serve the client to its end. Cancelled: everything is closed in CLOSE_TIMEOUT_S."""
@@ -140,7 +153,9 @@ class Session:
             except Exception:
                 self._log.exception("bug: closing this session in disorder")
             finally:
-                if self._upstream is not None:
+                if self._relay is not None:
+                    self._relay.upstream.close()
+                elif self._upstream is not None:
                     self._upstream.close()
                 self._log_end(end, detail, trio.current_time() - self._started)
 
@@ -180,18 +195,8 @@ class Session:
         self._objection = objection
         self._scope.cancel()
 
-    @property
-    def unproven_s(self) -> float:
-        """For how many seconds this client has been here without a right to; 0 once it has proved
-        that it may open something, or `evict` was called."""
-        barred = isinstance(self._machine, Barred)
-        proven = isinstance(self._machine, Haggling) or self._relay is not None
-        if self._evicted or (not barred and (proven or not self._tls)):
-            return 0.0
-        return trio.current_time() - self._started
-
     def evict(self) -> None:
-        """End a session that is `unproven_s`, to make room."""
+        """End a session that has not `proven` anything, to make room."""
         self._evicted = True
         self._scope.cancel()
 
@@ -217,7 +222,13 @@ class Session:
         policy = self._admit(identity)
         if policy is None:
             await self._turn_away(rest)
-        haggling = self._machine = Haggling(policy, tls=self._tls, no_zeroes=greeted.no_zeroes)
+        limits = self._settings.limits
+        haggling = self._machine = Haggling(
+            policy,
+            Allowance(limits.options, limits.option_bytes),
+            tls=self._tls,
+            no_zeroes=greeted.no_zeroes,
+        )
         if self._shutting_down:
             haggling.shutdown()
         return await self._haggle(haggling, haggling.receive(rest), policy)
@@ -225,7 +236,18 @@ class Session:
     def _admit(self, identity: Identity) -> ExportPolicy | None:
         """What this client may open by the rules as they are now; None: nothing."""
         identity = proven_by_kernel(self._channel.socket, identity)
-        return self._admission.admit(identity, self._keeper.trust.rules)
+        policy = self._admission.admit(identity, self._keeper.trust.rules)
+        if policy is not None and not self._counts_in(identity):
+            self._admission.crowded()
+            policy = None
+        self.proven = policy is not None
+        return policy
+
+    @property
+    def _before_tls(self) -> Allowance:
+        """Of options, for who has proved nothing."""
+        limits = self._settings.limits
+        return Allowance(limits.plain_options, limits.plain_option_bytes)
 
     async def _greet(self, greeting: Greeting) -> Greeted:
         while True:
@@ -234,7 +256,7 @@ class Session:
                 return effect
 
     async def _haggle_in_plaintext(self, rest: bytes) -> None:
-        machine = self._machine = PlainHaggling()
+        machine = self._machine = PlainHaggling(self._before_tls)
         if self._shutting_down:
             machine.shutdown()
         data = rest
@@ -279,7 +301,7 @@ class Session:
 
     async def _turn_away(self, rest: bytes) -> NoReturn:
         """Tell a client, as often as it asks, that there is nothing for it here."""
-        barred = self._machine = Barred(self._admission.barred)
+        barred = self._machine = Barred(self._admission.barred, self._before_tls)
         if self._shutting_down:
             barred.shutdown()
         data = rest
@@ -292,20 +314,36 @@ class Session:
         self, machine: Haggling | OldstyleHaggling, effects: list[Effect], policy: ExportPolicy
     ) -> _Agreed:
         settings = self._settings
-        upstream = Upstream(
-            settings.socket,
-            self._log,
-            oldstyle_name=policy.name or "",
-            timeout_s=settings.handshake_timeout_s / 2,
-        )
+        upstream = self._dial(policy.name or "")
         try:
             terms = await self._haggle_with(upstream, machine, effects)
             self._upstream = upstream.take_channel()
+            self._channel.stall_s = self._upstream.stall_s = (
+                settings.limits.stall_timeout or math.inf
+            )
+            if settings.reconnect_s:
+                name = policy.name or ""
+                self._redial = Redialler(
+                    lambda: self._dial(name, quiet=True),
+                    upstream.agreed,
+                    self._log,
+                    within_s=settings.reconnect_s,
+                )
         finally:
             if self._upstream is None:
                 await upstream.aclose()
         self._machine = None
         return _Agreed(terms, machine.rest())
+
+    def _dial(self, oldstyle_name: str, *, quiet: bool = False) -> Upstream:
+        """An upstream that has not been asked anything yet."""
+        return Upstream(
+            self._settings.socket,
+            self._log,
+            oldstyle_name=oldstyle_name,
+            timeout_s=self._settings.handshake_timeout_s / 2,
+            quiet=quiet,
+        )
 
     async def _haggle_with(
         self, upstream: Upstream, machine: Haggling | OldstyleHaggling, effects: list[Effect]
@@ -345,8 +383,19 @@ class Session:
 
     def _enter_transmission(self, agreed: _Agreed) -> Relay:
         assert self._upstream is not None
-        terms = agreed.terms
-        relay = Relay(self._channel, self._upstream, Transmission(terms))
+        terms, limits = agreed.terms, self._settings.limits
+        redial, self._redial = self._redial, None
+        relay = Relay(
+            self._channel,
+            self._upstream,
+            Transmission(
+                terms,
+                limits=InFlightLimits(limits.requests_in_flight, limits.bytes_in_flight),
+                resumable=redial is not None,
+            ),
+            redial=redial,
+            idle_s=limits.idle_timeout or math.inf,
+        )
         self._log.info(
             "open: export %r, %d bytes, %s, %s, %s",
             terms.export[:80],
@@ -404,7 +453,7 @@ class Session:
             case SessionEnd.TIMEOUT:
                 return f"{Refusal.TIMEOUT}: it opened no export within {seconds:g} s"
             case SessionEnd.NOT_ALLOWED:
-                return f"{Refusal.NOT_ALLOWED}: {self._admission.barred}"
+                return f"{self._admission.refusal}: {self._admission.barred}"
             case SessionEnd.EXPELLED:
                 return self._objection
             case _:
@@ -428,12 +477,17 @@ class Session:
         )
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, limits: Limits) -> None:
     """Socket options of a client's connection."""
     if sock.family == socket.AF_UNIX:
         return
     # Requests and replies are whole messages already (proto.md: "SHOULD disable Nagle").
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
+    for option, value in (
+        (socket.TCP_KEEPIDLE, limits.keepalive_idle),
+        (socket.TCP_KEEPINTVL, limits.keepalive_interval),
+        (socket.TCP_KEEPCNT, limits.keepalive_count),
+        (socket.TCP_USER_TIMEOUT, round(limits.user_timeout * 1000)),  # 0: no such bound
+    ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -12,8 +12,10 @@ from typing import Final, Literal
 
 from gateway.access import Rule, Rules
 from gateway.errors import SettingsError
+from gateway.limits import Limits
 from gateway.nbd.constants import MAX_STRING
 from gateway.nbd.upgrades import ALL_UPGRADES, Upgrade
+from gateway.rule import ANYBODY
 
 OLDSTYLE_NEEDS: Final = (
     "--oldstyle has no TLS: it goes with --tls off, on loopback and Unix sockets"
@@ -103,6 +105,9 @@ class Settings:
     on_revoke: Literal["close", "keep"] = "close"  # a session whose client may no longer enter
     reload_interval_s: float = 10.0  # how often files are looked at; 0: at SIGHUP only
     config: Path | None = None  # where some of the rules are from, for messages
+    limits: Limits = field(default_factory=Limits)
+    reconnect_s: float = 0.0  # how long a lost upstream is dialled anew; 0: not at all
+    user: str | None = None  # USER[:GROUP] to become once files are read and sockets bound
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
@@ -123,6 +128,7 @@ class Settings:
             ("--handshake-timeout", self.handshake_timeout_s),
             ("--drain-timeout", self.drain_timeout_s),
             ("--reload-interval", self.reload_interval_s),
+            ("--reconnect", self.reconnect_s),
         ):
             if not 0 <= seconds < math.inf:  # NaN neither
                 raise SettingsError(f"{flag}: {seconds} is no number of seconds")
@@ -158,6 +164,8 @@ class Settings:
     def _why_never(self, kind: str) -> str:
         """Why no client can have what rules of this kind are about, and the remedy; or nothing."""
         tls = self.tls
+        if kind == ANYBODY:
+            return ""
         if kind == "uid":
             if all(isinstance(one, ListenTCP) for one in self.listen):
                 return "only clients of a Unix socket have a uid: it goes with --listen unix:PATH"

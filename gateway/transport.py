@@ -10,6 +10,7 @@ One task reads a channel, one task writes it; they may be two.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -20,7 +21,7 @@ from typing import Final
 
 import trio
 
-from gateway.errors import ChannelClosed
+from gateway.errors import ChannelClosed, Stalled
 
 _MAX_RECORDS: Final = 64  # in one `fill`: a client may send records of one byte
 RECORD: Final = 16384  # the most that one TLS record holds; RFC 8446, section 5.1
@@ -41,6 +42,7 @@ class Channel:
         self._sock = sock
         self._drained = True  # nothing more had arrived when we last looked
         self.eof = False
+        self.stall_s = math.inf  # how long the peer may take no bytes of a `send_all`
         self.truncated = False  # EOF without the end that the protocol demands
         self.bytes_read = 0
         self.bytes_written = 0
@@ -89,11 +91,15 @@ class Channel:
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`. No checkpoint unless the kernel makes us wait.
 
-        Cancelled, or on ChannelClosed: the peer holds an unknown part of it.
+        Cancelled, or on ChannelClosed: the peer holds an unknown part of it. Raises Stalled, which
+        is one of these, when nothing was taken for `stall_s`.
         """
         sent = self.send_now(data)
         while sent < len(data):
-            await trio.lowlevel.wait_writable(self._sock)
+            with trio.move_on_after(self.stall_s) as patience:
+                await trio.lowlevel.wait_writable(self._sock)
+            if patience.cancelled_caught:
+                raise Stalled(f"it took no bytes for {self.stall_s:g} s")
             sent += self.send_now(memoryview(data)[sent:])
 
     def send_now(self, data: bytes | bytearray | memoryview) -> int:
@@ -176,6 +182,7 @@ class Channel:
         except OSError as error:  # already gone
             raise ChannelClosed(_reason(error)) from error
         channel = TLSChannel(wrapped)
+        channel.stall_s = self.stall_s
         try:
             await channel.do_handshake()
         except ssl.SSLError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import hashlib
+import operator
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -69,6 +72,10 @@ class Trust:
                 return Refusal.REVOKED
             if self.known_cas.get(identity.chain[-1].sha256) not in self.cas:
                 return Refusal.UNKNOWN_CA
+            # Below its CA, every issuer has to have a CRL if any has: so OpenSSL sees it as well.
+            listed = {one.issuer for one in self.crls}
+            if listed and any(one.issuer not in listed for one in identity.chain[:-1]):
+                return Refusal.NO_CRL
         return None if self.rules.grant(identity).may_enter else Refusal.NOT_ALLOWED
 
     def concerns(self, now: datetime) -> Iterator[str]:
@@ -169,17 +176,46 @@ def _successor(trust: Trust, before: Trust) -> Trust:
         raise SettingsError("--psk-file: keys take the place of certificates by a restart only")
     if before.cas is not None and trust.cas is None:
         raise SettingsError("--client-ca is gone: anonymous clients enter after a restart only")
-    if before.crls and not trust.crls:
-        raise SettingsError(
-            "--crl is gone, and with it what was revoked; the gateway goes on without any only "
-            "after a restart"
-        )
-    if before.rules.exports and not trust.rules.exports:  # also where a reload has brought them
-        raise SettingsError(
-            "--config: the last [[export]] is gone; the gateway goes on without any only after a "
-            "restart"
-        )
+    check_guards(guards_of(before), trust)
     return replace(trust, known_cas={**before.known_cas, **trust.known_cas})
+
+
+class Guards(enum.IntFlag):
+    """What keeps clients out that would enter if it was not there at all."""
+
+    CRL = 1
+    EXPORTS = 2
+    ALLOW = 4
+    ALLOW_FROM = 8
+
+
+_GONE: Final = {
+    Guards.CRL: "--crl is gone, and with it what was revoked",
+    Guards.EXPORTS: "--config: the last [[export]] is gone",
+    Guards.ALLOW: "--config: the last allow rule is gone",
+    Guards.ALLOW_FROM: "--config: the last allow-from is gone",
+}
+
+
+def guards_of(trust: Trust) -> Guards:
+    """Those of this set."""
+    rules = trust.rules
+    there = (
+        (Guards.CRL, trust.crls),
+        (Guards.EXPORTS, rules.exports),
+        (Guards.ALLOW, rules.allow),
+        (Guards.ALLOW_FROM, rules.allow_from),
+    )
+    return functools.reduce(operator.or_, (one for one, any_of in there if any_of), Guards(0))
+
+
+def check_guards(before: Guards, trust: Trust) -> None:
+    """Raises SettingsError for a set that has none any more of something that was there: a file
+    that was cut off looks like that, and a restart is what says that it is meant."""
+    gone = before & ~guards_of(trust)
+    for one, words in _GONE.items():
+        if one in gone:
+            raise SettingsError(f"{words}; the gateway goes on without any only after a restart")
 
 
 def _link(keys: psk.Keys, name: str) -> Link:

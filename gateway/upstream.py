@@ -50,7 +50,9 @@ class Upstream:
         *,
         oldstyle_name: str,
         timeout_s: float,
+        quiet: bool = False,
     ) -> None:
+        """`quiet`: that it is not there is nothing worth a warning."""
         self._path = path
         self._log = log
         self._oldstyle_name = oldstyle_name
@@ -62,9 +64,22 @@ class Upstream:
         # Block sizes of the export that was asked about last: None if it has none to tell.
         self._sizes: dict[str, BlockSizes | None] = {}
         self._taken = False
-        self._warned = False
+        self._warned = quiet
         # Set once the upstream is in transmission: the name, and what it granted.
         self._opened: tuple[str, Granted] | None = None
+        # What was agreed on, by the kind of question; of each kind the last one counts.
+        self._agreed: dict[type[Question], tuple[Question, Answer]] = {}
+
+    @property
+    def agreed(self) -> list[tuple[Question, Answer]]:
+        """What has to be asked again, in this order, of an upstream that is to be like this one."""
+        assert self._opened is not None
+        name = self._opened[0]
+        return [
+            (question, answer)
+            for question, answer in self._agreed.values()
+            if not (isinstance(question, QueryContexts) and question.name != name)
+        ]
 
     async def ask(self, question: Question) -> Answer:
         """The upstream's answer. Failures to reach or understand it are logged, once each.
@@ -73,7 +88,9 @@ class Upstream:
         """
         try:
             with trio.CancelScope(deadline=trio.current_time() + self._timeout_s):
-                return await self._answer(question)
+                answer = await self._answer(question)
+                self._note(question, answer)
+                return answer
             reason = f"{self._path} did not answer within {self._timeout_s:g} s"
         except (PeerError, UpstreamUnavailable) as error:
             reason = str(error)
@@ -112,6 +129,19 @@ class Upstream:
             pass  # it went first
         finally:
             channel.close()
+
+    def _note(self, question: Question, answer: Answer) -> None:
+        match question, answer:
+            case ((UseStructuredReplies() | UseExtendedHeaders()), Acked()):
+                pass
+            case QueryContexts(select=True), _:  # a refusal too: it leaves none selected
+                pass
+            case Open(go=True), Granted():
+                pass
+            case _:
+                return
+        self._agreed.pop(type(question), None)  # it comes last now
+        self._agreed[type(question)] = (question, answer)
 
     # -- in the upstream's own dialect
 

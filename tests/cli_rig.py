@@ -71,10 +71,12 @@ def folder(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-----BEGIN CERTIFICATE-----\nTm90IGEgY2VydGlmaWNhdGU=\n-----END CERTIFICATE-----\n"
     )
     (folder / "good.toml").write_text(
-        '[[export]]\nname = "disk"\nread-write = ["cn=vm1"]\n[[export]]\nname = "public"\n'
+        '[[export]]\nname = "disk"\nread-write = ["cn=vm1"]\n'
+        '[[export]]\nname = "public"\nread-write = ["*"]\n'
     )
     (folder / "wrong.toml").write_text(
-        '[[export]]\nname = "a"\n[[export]]\nname = "b"\nread_only = ["cn=vm1"]\n'
+        '[[export]]\nname = "a"\nread-only = ["*"]\n'
+        '[[export]]\nname = "b"\nread_only = ["cn=vm1"]\n'
     )
     for missing in ("server-cert.pem", "server-key.pem", "ca-cert.pem"):
         shutil.copytree(pki, folder / f"no-{missing}")

@@ -22,7 +22,7 @@ from gateway import relay
 from gateway.errors import ChannelClosed, SessionEnd
 from gateway.nbd.constants import TransmissionFlag
 from gateway.nbd.pairing import Terms
-from gateway.nbd.transmission import Transmission
+from gateway.nbd.transmission import InFlightLimits, Transmission
 from gateway.relay import Relay
 from gateway.settings import TLSSettings
 from gateway.tls import server_context
@@ -47,6 +47,7 @@ from tests.support.rawclient import (
     tls_context,
 )
 
+PLENTY = InFlightLimits(requests=1 << 20, payload=1 << 40)
 STALL_S = 20.0  # a test that reaches it has found a stall
 MIB = 1 << 20
 FEATURES = (
@@ -169,7 +170,7 @@ class Rig:
 
     async def _serve(self, terms: Terms, first: bytes, eager: bool) -> None:
         client, upstream = self.near
-        self.relay = Relay(client, upstream, Transmission(terms))
+        self.relay = Relay(client, upstream, Transmission(terms, limits=PLENTY))
         with contextlib.ExitStack() as stack:
             if eager:
                 stack.callback(Eager(self.relay, client, upstream).close)

@@ -11,9 +11,10 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import rule as rule_module
 from gateway.access import KINDS, Rule, Rules, parse_network
 from gateway.errors import SettingsError
-from gateway.identity import Identity
+from gateway.identity import Identity, shown
 from tests.support.wrong_certs import authority, der, twin_of
 
 FIELDS = {"dns": "dns", "uri": "uris", "email": "emails"}
@@ -287,7 +288,9 @@ def test_names_in_full() -> None:
 def test_what_is_no_rule(text: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words) as wrong:
         rule(text)
-    assert str(wrong.value).startswith(f"--allow {text}")
+    message = str(wrong.value)  # with the text in it, but on one line, and not too much of it
+    assert message.startswith(f"--allow {shown(text)}")
+    assert message.isprintable()
 
 
 def test_rules_are_compared_by_meaning() -> None:
@@ -364,3 +367,47 @@ def test_what_is_no_network(text: str) -> None:
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Rules().admits(address)
+
+
+# ---------------------------------------------------------------- spellings that pass for others
+
+
+@pytest.mark.parametrize("filler", ["\u034f", "\ufe0f", "\u3164", "\u200b", "\U000e0020"])
+def test_what_cannot_be_seen_does_not_escape_a_deny(filler: str) -> None:
+    evil = f"vm{filler}1"
+    who = Identity(common_name=evil, common_names=(evil,))
+    assert rule("cn=vm1").denies(who)
+    assert not rule("cn=vm1").matches(who)
+
+
+def test_order_of_an_rdn_does_not_escape_a_deny() -> None:
+    who = Identity(rdns=("2.5.4.10=x", "2.5.4.3=B+2.5.4.3=a"))
+    assert rule("dn=CN=b+CN=a,O=x").denies(who)
+    assert rule("dn=CN=A+CN=B,O=x").denies(who)
+
+
+def test_user_of_a_uri_has_a_case() -> None:
+    who = Identity(uris=("https://alice@Example.org/x",))
+    assert rule("uri=https://alice@example.org/x").matches(who)
+    assert not rule("uri=https://Alice@example.org/x").matches(who)
+    assert rule("uri=https://Alice@example.org/x").denies(who)
+
+
+def test_a_name_is_made_loose_once_for_all_rules() -> None:
+    """A certificate's name costs its time once, however many rules there are."""
+    looks_up = rule_module._loose_parts
+    before = looks_up.cache_info().misses
+    value = "https://a.example/" + "%41" * 1000
+    who = Identity(uris=(value,))
+    denies = [rule(f"uri=https://a.example/{n}") for n in range(200)]
+    for _ in range(3):
+        assert not any(one.denies(who) for one in denies)
+    assert looks_up.cache_info().misses - before <= len(denies) + 1
+
+
+def test_everybody_is_said_by_no_rule() -> None:
+    assert Rule.anybody().matches(Identity())
+    assert str(Rule.anybody()) == "*"
+    for text in ("*", "anybody", "anybody=", "anybody=*"):
+        with pytest.raises(SettingsError):
+            rule(text)

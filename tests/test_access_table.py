@@ -88,18 +88,22 @@ def test_one_allow_and_one_deny(text: str) -> None:
 
 
 def export(name: str, rw: str = "", ro: str = "", deny: str = "") -> ExportRules:
-    lists = [tuple(RULES[text] for text in one.split()) for one in (rw, ro, deny)]
+    lists = [
+        (Rule.anybody(),) if one == "anybody" else tuple(RULES[text] for text in one.split())
+        for one in (rw, ro, deny)
+    ]
     return ExportRules(name, *lists)
 
 
 EXPORTS = (
-    export("open"),
-    export("open but", deny="cn=vm1"),
+    export("open", rw="anybody"),
+    export("open but", rw="anybody", deny="cn=vm1"),
     export("disk", rw="cn=vm1", ro=f"sha256={SHA['backup']}"),
     export("both", rw="cn=vm1", ro="cn=*"),
     export("taken back", rw="cn=* psk=*", deny="dns=*.disks.example"),
     export("read", ro="uid=1000"),
     export("", ro="psk=vm1"),
+    export("nobody's"),
 )
 
 # allow, deny; then for each client what it may open, in order.
@@ -150,7 +154,7 @@ def test_what_may_be_meant_is_denied_everywhere() -> None:
     two = Identity(common_names=("vm1", "vm9"))
     deny = (RULES["cn=vm1"],)
     assert Rules(deny=deny).grant(two) == Grant(False)
-    tables = (ExportRules("disk", deny=deny), export("open"))
+    tables = (ExportRules("disk", (Rule.anybody(),), deny=deny), export("open", rw="anybody"))
     assert Rules(exports=tables).grant(two) == Grant(True, (("open", RW),))
     assert Rules(deny=deny, exports=tables).grant(two) == Grant(False, ())
 
@@ -177,7 +181,7 @@ def test_against_a_model(
 
     one = ExportRules("disk", rules(rw), rules(ro), rules(barred))
     inside = (meant(allow) if allow else EVERYBODY) - meant(deny) - meant(barred)
-    writers = inside & (meant(rw) if rw or ro else EVERYBODY)
+    writers = inside & meant(rw)
     readers = inside & meant(ro) - writers
     every = Rules(rules(allow), rules(deny), exports=(one,))
     for who, identity in IDENTITIES.items():

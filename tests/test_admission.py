@@ -8,10 +8,11 @@ import struct
 
 import pytest
 
-from gateway.access import ExportRules, Rules
+from gateway.access import ExportRules, Rule, Rules
 from gateway.admission import Admission, policy_of, proven_by_kernel
 from gateway.errors import Refusal
 from gateway.identity import Identity
+from gateway.limits import Limits
 from gateway.nbd.policy import Export, ExportPolicy
 from gateway.nbd.upgrades import NO_UPGRADES
 from gateway.settings import Settings
@@ -23,7 +24,7 @@ WRITER = rules("cn=vm1")
 READER = rules("cn=vm2")
 DISK = ExportRules("disk", read_write=WRITER, read_only=READER)
 LOGS = ExportRules("logs", read_only=WRITER)
-OPEN = ExportRules("open")
+OPEN = ExportRules("open", read_write=(Rule.anybody(),))
 
 
 def settings(**changes: object) -> Settings:
@@ -78,6 +79,16 @@ def test_whoever_has_no_rights_loses_none() -> None:
     assert admission.barred.endswith(" may not open anything here")
 
 
+def test_who_is_one_too_many_has_no_rights_either() -> None:
+    admission = Admission(settings(limits=Limits(clients_per_identity=3)))
+    assert admission.admit(Identity(psk="vm1"), Rules()) is not None
+    admission.crowded()
+    assert admission.policy is None
+    assert admission.refusal is Refusal.TOO_MANY_CLIENTS
+    assert admission.barred == "too many connections of psk:vm1: 3 at a time are allowed"
+    assert admission.objection(Contrary(None, Rules())) == ""
+
+
 class Contrary(Trust):
     """Objects to those whom its rules let in."""
 
@@ -95,7 +106,7 @@ def test_an_objection_counts_whatever_the_rules_say() -> None:
 def test_name_of_an_export_stays_on_its_line() -> None:
     name = "a\nINFO forged" + 200 * "x"
     admission = Admission(settings())
-    admission.admit(VM1, Rules(exports=(ExportRules(name), OPEN)))
+    admission.admit(VM1, Rules(exports=(ExportRules(name, read_write=(Rule.anybody(),)), OPEN)))
     admission.open(name, read_only=False)
     objection = admission.objection(Trust(None, Rules(exports=(OPEN,))))
     assert objection.isprintable()

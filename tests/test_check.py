@@ -111,9 +111,11 @@ def test_rules_are_looked_at(folder: Folder) -> None:
     assert found.has("warn", "allow cn=a: void")
     assert found.has("bad", "nobody can enter")
     assert not found.has("ok", "access")
-    tables = Rules(exports=(ExportRules("a", read_only=(rule,)), ExportRules("b")))
+    tables = Rules(
+        exports=(ExportRules("a", read_only=(rule,)), ExportRules("b", (Rule.anybody(),)))
+    )
     found = folder.check(rules=tables)
-    assert found.has("ok", "rules: 1 in all and 2 exports")
+    assert found.has("ok", "rules: 2 in all and 2 exports")
     assert found.has("ok", 'export "b": all who may enter may write')
     assert not found.has("ok", 'export "a"')
 

@@ -19,6 +19,7 @@ import pytest
 import gateway
 from gateway.certs.folder import renew_crl
 from gateway.errors import SettingsError
+from gateway.limits import Limits
 from gateway.nbd.upgrades import Upgrade
 from gateway.settings import Settings, TLSSettings
 from tests import cli_rig
@@ -232,6 +233,16 @@ def test_rules_of_flags_and_file_are_added_up(command: str, start: Start, tmp_pa
     assert settings.config == file
 
 
+def test_bounds_of_flags_win_over_those_of_the_file(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "gate.toml"
+    file.write_text("[limits]\nhandshakes = 7\nclients-per-identity = 8\n")
+    settings = start(
+        f"{GOOD} --config {file} --limit handshakes=9 --limit idle-timeout=60"
+    ).settings
+    assert settings.limits == Limits(handshakes=9, clients_per_identity=8, idle_timeout=60)
+    assert start(GOOD).settings.limits == Limits()
+
+
 def test_tables_of_exports(start: Start) -> None:
     settings = start(f"{GOOD} --config good.toml").settings
     assert [one.name for one in settings.rules.exports] == ["disk", "public"]
@@ -247,7 +258,7 @@ def test_a_reload_reads_the_file_again_and_keeps_the_flags(start: Start, tmp_pat
     line = f"{GOOD} --deny cn=z --workers 2 --on-revoke keep --config {file}"
     settings, reread = start(line)
     assert reread() == settings
-    file.write_text('allow = ["cn=b"]\n[[export]]\nname = "disk"\n')
+    file.write_text('allow = ["cn=b"]\n[[export]]\nname = "disk"\nread-write = ["*"]\n')
     now = reread()
     assert [str(one) for one in (*now.rules.allow, *now.rules.deny)] == ["cn=b", "cn=z"]
     assert [one.name for one in now.rules.exports] == ["disk"]

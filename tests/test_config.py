@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.access import ExportRules, Rule, Rules, parse_network
-from gateway.config import read_rules
+from gateway.config import read_config
 from gateway.errors import SettingsError
 
 
@@ -26,11 +26,14 @@ def rule(text: str) -> Rule:
 def complaint(path: Path) -> str:
     """What is said of this file: one line that begins with the flag and names it."""
     with pytest.raises(SettingsError) as refused:
-        read_rules(path)
+        read_config(path)
     message = str(refused.value)
     assert message.isprintable()
     assert re.match(rf"--config(: cannot read|:)? {re.escape(str(path))}", message)
     return message
+
+
+ALL = (Rule.anybody(),)
 
 
 # ---------------------------------------------------------------- what it may say
@@ -52,9 +55,10 @@ def test_everything(file: Path) -> None:
 
             [[export]]
             name = "d\\u00efsk & more"
+            read-only = ["*"]
         """)
     )
-    assert read_rules(file) == Rules(
+    assert read_config(file).rules == Rules(
         allow=(rule("cn=vm1"), rule("dns=*.example.com")),
         deny=(rule("cn=vm2"),),
         allow_from=(parse_network("", "192.0.2.0/24"), parse_network("", "2001:db8::1/128")),
@@ -66,7 +70,7 @@ def test_everything(file: Path) -> None:
                 read_only=(rule("uid=0"), rule("cn=backup")),
                 deny=(rule("cn=vm3"),),
             ),
-            ExportRules("d\u00efsk & more"),
+            ExportRules("d\u00efsk & more", read_only=(Rule.anybody(),)),
         ),
     )
 
@@ -77,17 +81,20 @@ def test_everything(file: Path) -> None:
         ('allow = ["cn=a"]', Rules(allow=(rule("cn=a"),))),
         ("deny = []", Rules()),
         ("deny-from = []", Rules()),
-        ('[[export]]\nname = ""', Rules(exports=(ExportRules(""),))),
-        ('[[export]]\nname = "a"\ndeny = []', Rules(exports=(ExportRules("a"),))),
+        ('[[export]]\nname = ""\nread-write = ["*"]', Rules(exports=(ExportRules("", ALL),))),
         (
-            'export = [{name = "a"}, {name = "b"}]',
-            Rules(exports=(ExportRules("a"), ExportRules("b"))),
+            '[[export]]\nname = "a"\nread-only = ["*"]\ndeny = []',
+            Rules(exports=(ExportRules("a", (), ALL),)),
+        ),
+        (
+            'export = [{name = "a", read-only = ["*"]}, {name = "b", read-write = ["uid=0"]}]',
+            Rules(exports=(ExportRules("a", (), ALL), ExportRules("b", (rule("uid=0"),)))),
         ),
     ],
 )
 def test_parts(text: str, rules: Rules, file: Path) -> None:
     file.write_text(text)
-    assert read_rules(file) == rules
+    assert read_config(file).rules == rules
 
 
 def test_what_readme_shows(file: Path) -> None:
@@ -96,12 +103,13 @@ def test_what_readme_shows(file: Path) -> None:
     assert examples
     for example in examples:
         file.write_text(example)
-        assert read_rules(file).exports
+        assert read_config(file).rules.exports
 
 
 # ---------------------------------------------------------------- what it may not
 
-LAST = "[[export]]\nname = 'a'\n[[export]]\nname = 'b'\n"
+OPEN = "read-only = ['*']\n"
+LAST = f"[[export]]\nname = 'a'\n{OPEN}[[export]]\nname = 'b'\n"
 NUL = "\\u0000"  # as TOML writes it
 
 WRONG = {
@@ -123,14 +131,26 @@ WRONG = {
     "strings for tables": ('export = ["a"]', "Expected `object`, got `str` - at `$.export[0]`"),
     "no name": ("[[export]]\ndeny = ['cn=a']", "missing required field `name` - at `$.export[0]`"),
     "name is a number": ("[[export]]\nname = 1", "Expected `str`, got `int` - at `$.export[0].na"),
-    "name twice": (LAST + "[[export]]\nname = 'a'", "$.export[2].name: 'a' is there already"),
+    "name twice": (
+        LAST + OPEN + "[[export]]\nname = 'a'",
+        "$.export[2].name: 'a' is there already",
+    ),
     "name too long": (f"[[export]]\nname = '{4097 * 'x'}'", "$.export[0].name: an export's name"),
     "name with NUL": (f'[[export]]\nname = "a{NUL}b"', "$.export[0].name: an export's name"),
     "rule of no kind": ('allow = ["cn=a", "cm=b"]', "$.allow[1]: cm=b: a rule is KIND=VALUE; did "),
     "rule in deny": ('deny = ["vm1"]', "$.deny[0]: vm1: "),
     "rule in read-write": (LAST + "read-write = ['cn=a', '']", "$.export[1].read-write[1]: "),
     "rule in read-only": (LAST + "read-only = ['uid=nobody?']", "$.export[1].read-only[0]: uid="),
-    "rule in an export's deny": (LAST + "deny = ['dns=a*']", "$.export[1].deny[0]: dns=a*: "),
+    "rule in an export's deny": (
+        LAST + OPEN + "deny = ['dns=a*']",
+        "$.export[1].deny[0]: dns=a*: ",
+    ),
+    # What is left of a file that was cut off must not be open to everybody.
+    "nobody in a table": (LAST, "$.export[1]: who may open it? read-write = [RULE, ...] and "),
+    "only who may not": (LAST + "deny = ['cn=a']", "$.export[1]: who may open it?"),
+    "everybody and somebody": (LAST + "read-only = ['*', 'cn=a']", "$.export[1].read-only[0]: *: "),
+    "everybody to enter": ("allow = ['*']", "$.allow[0]: *: a rule is KIND=VALUE"),
+    "nobody to enter": ("deny = ['*']", "$.deny[0]: *: a rule is KIND=VALUE"),
     "network": ('allow-from = ["::1", "192.0.2.1/24"]', "$.allow-from[1]: 192.0.2.1/24: "),
     "denied network": ('deny-from = ["everywhere"]', "$.deny-from[0]: everywhere: "),
     "nothing": ("", "it is empty"),
@@ -162,7 +182,7 @@ def test_not_utf_8(file: Path) -> None:
 
 def test_too_large(file: Path) -> None:
     file.write_text("deny = [" + (1 << 17) * "'cn=a'," + "]")
-    assert read_rules(file).deny[1 << 16] == rule("cn=a")
+    assert read_config(file).rules.deny[1 << 16] == rule("cn=a")
     file.write_text("deny = [" + (1 << 20) * " " + "]")
     assert "more than 1048576 bytes" in complaint(file)
 
@@ -184,7 +204,7 @@ def test_a_list_that_was_cut_is_no_list(file: Path) -> None:
     for end in range(len(text)):
         file.write_text(text[:end])
         try:
-            rules = read_rules(file)
+            rules = read_config(file).rules
         except SettingsError:
             continue
         assert rules.allow == (rule("cn=a"), rule("cn=b"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -286,6 +287,17 @@ def test_foreign_one_inside_the_ca_file(files: Files, authority: CertificateAuth
     files.put("ca-cert.pem", authority.cert_pem, foreign)
     with pytest.raises(SettingsError, match=r"^--client-ca: .* holds a CRL of CN=another CA"):
         load_trust(Settings("/up", files.settings()))
+
+
+def test_version_that_nobody_knows(files: Files, authority: CertificateAuthority) -> None:
+    good = x509.load_pem_x509_crl(authority.revoke_list([])).public_bytes(
+        serialization.Encoding.DER
+    )
+    at = good.index(b"\x02\x01\x01")  # version 2
+    der = good[: at + 2] + b"\x07" + good[at + 3 :]
+    pem = b"-----BEGIN X509 CRL-----\n%s-----END X509 CRL-----\n" % base64.encodebytes(der)
+    with pytest.raises(SettingsError, match="holds a CRL that cannot be used"):
+        load(files, pem)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])

@@ -12,7 +12,7 @@ import struct
 import sys
 import tracemalloc
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -87,8 +87,8 @@ class Copying(Transmission):
 class Hoarding(Transmission):
     """Keeps a little of each request."""
 
-    def __init__(self, terms: Terms) -> None:
-        super().__init__(terms)
+    def __init__(self, terms: Terms, **how: Any) -> None:
+        super().__init__(terms, **how)
         self.hoard: list[bytes] = []
 
     def requests(self, buffer: bytearray, at: int, end: int) -> tuple[int, list[Piece]]:

@@ -72,6 +72,28 @@ def test_no_names() -> None:
     assert str(nobody).startswith("no subject sha256:")
 
 
+@pytest.mark.parametrize(
+    "one",
+    [
+        x509.DNSName._init_without_validation("\u212avm1.example"),
+        x509.RFC822Name._init_without_validation("a@\u212a.example"),
+        x509.UniformResourceIdentifier._init_without_validation("spiffe://\u212a.example/a"),
+    ],
+    ids=["dns", "email", "uri"],
+)
+def test_names_are_ascii(one: x509.GeneralName) -> None:
+    """In lower case, the Kelvin sign is a k."""
+    with pytest.raises(ValueError, match="that is not ASCII"):
+        identity(name((CN, "a")), one)
+
+
+def test_all_names_together_are_not_too_long() -> None:
+    long = "https://a/" + "%41" * 5300
+    with pytest.raises(ValueError, match="characters of them"):
+        identity(name((CN, "a")), x509.UniformResourceIdentifier(long), x509.DNSName(200 * "ab."))
+    identity(name((CN, "a")), x509.UniformResourceIdentifier(long))
+
+
 def test_an_email_in_the_subject_is_no_san() -> None:
     assert identity(name((NameOID.EMAIL_ADDRESS, "a@example.com"))).emails == ()
 

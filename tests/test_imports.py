@@ -44,32 +44,42 @@ TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
     "cli": Layer("flags options serve check certs.cli demo settings errors", "click trio"),
-    "flags": Layer("settings config access errors nbd.upgrades"),
-    "config": Layer("access settings errors", "msgspec"),
+    "flags": Layer("settings config access errors limits nbd.upgrades"),
+    "config": Layer("access settings errors limits", "msgspec"),
+    "limits": Layer("errors"),
     "check": Layer(
-        "check.certs check.crl check.files check.keys check.report check.rules trust settings "
+        "check.certs check.crl check.files check.keys check.report check.rules rule trust settings "
         "errors",
         "socket",
     ),
-    "serve": Layer("errors places reload server settings trust workers", "signal trio"),
+    "serve": Layer("errors places reload server settings snapshot trust workers", "signal trio"),
     "reload": Layer("errors settings snapshot trust", "trio"),
     "trust": Layer(
         "access credentials crls errors identity psk settings snapshot tls", "cryptography ssl"
     ),
     "psk": Layer("identity errors", "ssl socket"),
     "workers": Layer("places", "signal"),
-    "places": Layer(),
+    "places": Layer("tables"),
+    "tables": Layer(),
+    "gate": Layer("errors identity limits places tables", "trio"),
+    "accepting": Layer("gate", "socket trio"),
+    "few_lines": Layer("", "trio"),
     "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
     "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
     "client": Layer("transport errors nbd.*", "socket ssl"),
     "server": Layer(
-        "errors identity listeners reload session settings trust workers", "signal socket trio"
+        "accepting errors few_lines gate identity listeners places reload session settings trust "
+        "workers",
+        "signal socket trio",
     ),
     "session": Layer(
-        "admission relay upstream trust tls identity transport settings errors nbd.*",
+        "admission limits redial relay upstream trust tls identity transport settings errors nbd.*",
         "trio socket ssl",
     ),
-    "relay": Layer("buffers turns transport errors nbd.transmission", "trio"),
+    "relay": Layer("buffers outlet turns transport errors nbd.transmission lifeline", "trio"),
+    "outlet": Layer("buffers lifeline transport errors nbd.transmission", "trio"),
+    "lifeline": Layer("buffers transport errors nbd.transmission", "trio"),
+    "redial": Layer("transport upstream nbd.pairing", "trio"),
     "buffers": Layer("transport nbd.transmission"),
     "turns": Layer("", "time"),
     "upstream": Layer("transport settings errors nbd.*", "trio socket"),
@@ -77,11 +87,12 @@ TABLE = {
     "access": Layer("errors identity rule"),
     "identity": Layer("dn", "cryptography"),
     "listeners": Layer("settings errors nbd.uri", "trio socket"),
-    "settings": Layer("access errors nbd.constants nbd.upgrades nbd.uri"),
+    "settings": Layer("access errors limits rule nbd.constants nbd.upgrades nbd.uri"),
     "memory_upstream": Layer("transport errors nbd.*", "trio socket"),
     "certs": Layer("certs.store pki pki_keys", "socket"),
     "certs.cli": Layer(
-        "certs certs.bundle certs.folder certs.options certs.show errors pki pki_keys", "click"
+        "identity certs certs.bundle certs.folder certs.options certs.show errors pki pki_keys",
+        "click",
     ),
     "pki": Layer("pki_keys", "cryptography"),
     "options": Layer("access settings nbd.upgrades", "click"),
@@ -91,7 +102,7 @@ TABLE = {
         "check.certs check.files check.report psk access identity settings", "cryptography"
     ),
     "check.files": Layer("check.report snapshot errors"),
-    "check.rules": Layer("check.report access identity"),
+    "check.rules": Layer("check.report access identity rule"),
     "check.report": Layer("errors"),
     "certs.store": Layer("pki_keys"),
     "certs.read": Layer("pki_keys", "cryptography"),
@@ -124,7 +135,14 @@ TABLE = {
     "nbd.handshake": Layer("nbd.pairing nbd.wire nbd.constants errors", pure=True),
     "nbd.transmission": Layer(
         "nbd.request_walk nbd.reply_walk nbd.plans nbd.requests nbd.replies nbd.in_flight "
-        "nbd.framing nbd.pairing errors",
+        "nbd.journal nbd.resumption nbd.framing nbd.pairing nbd.constants errors",
+        pure=True,
+    ),
+    "nbd.journal": Layer(
+        "nbd.plans nbd.requests nbd.in_flight nbd.framing nbd.constants", pure=True
+    ),
+    "nbd.resumption": Layer(
+        "nbd.request_walk nbd.plans nbd.replies nbd.sparse nbd.in_flight nbd.constants errors",
         pure=True,
     ),
     "nbd.request_walk": Layer(
@@ -133,7 +151,8 @@ TABLE = {
         pure=True,
     ),
     "nbd.reply_walk": Layer(
-        "nbd.request_walk nbd.plans nbd.requests nbd.replies nbd.sparse nbd.in_flight nbd.framing "
+        "nbd.resumption nbd.request_walk nbd.plans nbd.requests nbd.replies nbd.sparse "
+        "nbd.in_flight nbd.framing "
         "nbd.wire nbd.constants errors",
         pure=True,
     ),

@@ -435,7 +435,7 @@ async def test_files_that_cannot_be_read_for_ever(  # type: ignore[no-untyped-de
 @pytest.mark.expects_error_log
 async def test_tables_that_a_reload_has_brought_do_not_go_by_one(gateway) -> None:  # type: ignore[no-untyped-def]
     running = await gateway(reload_interval_s=0)
-    running.rules(exports=(ExportRules("disk"),))
+    running.rules(exports=(ExportRules("disk", (Rule.anybody(),)),))
     assert "now in use" in await running.reload()
     running.rules()
     assert "the last [[export]] is gone" in await running.reload()

@@ -80,6 +80,7 @@ def test_nobody_under_load_notices(
     alice, bob = folder.client("alice"), folder.client("bob")
     gateway = Gateway if workers == 1 else Crew
     more = ("--workers", str(workers), "--max-connections", "120")
+    more += ("--limit", "clients-per-identity=0")
     with gateway(*flags(folder, fake), *more, "--reload-interval", "0") as running:
         clients = [stack.enter_context(opened(running, alice)) for _ in range(CLIENTS)]
         revoked = [stack.enter_context(opened(running, bob)) for _ in range(4)]

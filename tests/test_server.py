@@ -19,6 +19,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway import accepting
 from gateway import server as server_module
 from gateway.errors import ListenError, SettingsError
 from gateway.server import Server
@@ -203,7 +204,7 @@ async def test_running_out_is_waited_out(
     assert accept.calls == before + 3
 
 
-@pytest.mark.parametrize("number", sorted(server_module._GONE))
+@pytest.mark.parametrize("number", sorted(accepting.GONE))
 async def test_connections_that_are_gone_already(
     start: Start,
     settings: Settings,

@@ -34,7 +34,13 @@ class Worker:
         self.other = Place(places, 1)
         self.place = Place(places, 0)
         trust = load_trust(settings)
-        part = Part(trust, self.listeners.shared(), Post(7, self.place, -1))
+        self.is_newest = True
+        part = Part(
+            trust,
+            self.listeners.shared(),
+            Post(7, self.place, -1),
+            is_newest=lambda _: self.is_newest,
+        )
         self.server = Server(settings, part)
         self.drained: bool | None = None
         self.ended = trio.Event()
@@ -234,3 +240,33 @@ async def test_its_listeners_are_copies(
     assert path.is_socket()
     worker.listeners.close()
     assert not path.exists()
+
+
+@pytest.mark.expects_error_log
+async def test_nobody_enters_by_one_that_has_fallen_behind(
+    start: Start, clients: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others have later files, and what is there now cannot be used: who was revoked
+    meanwhile would be let in here."""
+    content, more = b"", {"reload_interval_s": 0.0}
+    worker = await start(**more)
+    tls = worker.server._settings.tls
+    assert tls is not None
+    assert tls.cert is not None
+    content = tls.cert.read_bytes()
+    worker.is_newest = False
+    tls.cert.write_bytes(b"")
+    try:
+        worker.server.reload()
+        while "other workers have gone on to later files" not in caplog.text:
+            await trio.sleep(0.01)
+        assert worker.server._gate.is_shut
+        client = clients.connect(worker.uri)
+        await wait_all_tasks_blocked()
+        assert not worker.server._sessions
+    finally:
+        tls.cert.write_bytes(content)
+    worker.server.reload()
+    while not worker.server._sessions:
+        await trio.sleep(0.01)
+    client.close()

@@ -264,7 +264,9 @@ def ways_to_use(rule: Rule) -> dict[str, Rules]:
         "--deny": Rules(deny=(rule,)),
         "[[export]] 'a': ": Rules(exports=(ExportRules("a", read_write=(rule,)),)),
         "[[export]] 'b': ": Rules(exports=(ExportRules("b", read_only=(rule,)),)),
-        "[[export]] 'c': ": Rules(exports=(ExportRules("d"), ExportRules("c", deny=(rule,)))),
+        "[[export]] 'c': ": Rules(
+            exports=(ExportRules("d", (Rule.anybody(),)), ExportRules("c", deny=(rule,)))
+        ),
     }
 
 

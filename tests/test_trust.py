@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 from cryptography.x509.oid import NameOID
 
-from gateway.access import Rule, Rules
+from gateway.access import ExportRules, Rule, Rules, parse_network
 from gateway.errors import Refusal, SettingsError, TLSRefused
 from gateway.identity import Identity
 from gateway.pki import CertificateAuthority, Credential
 from gateway.settings import Settings, TLSSettings
 from gateway.snapshot import MAX_BYTES, Snapshot, as_path
-from gateway.trust import Trust, load_trust
+from gateway.trust import Trust, check_guards, guards_of, load_trust
 from tests import tls_rig
 from tests.tls_rig import BOTH_VERSIONS, DAY, NOW, Files, Shake
 
@@ -386,6 +386,58 @@ def test_ca_that_is_gone_and_ca_that_is_renewed(
     namesake = CertificateAuthority.create("test CA")
     files.put("ca-cert.pem", namesake.cert_pem)
     assert load_trust(settings(files), None, gone).objection(who) is Refusal.UNKNOWN_CA
+
+
+def test_issuer_that_nobody_has_a_crl_of_any_more(
+    files: Files, authority: CertificateAuthority, client: Credential
+) -> None:
+    """An intermediate CA is taken out: OpenSSL lets nobody of it in, so nobody of it stays."""
+    who = enter(load_trust(settings(files)), files.client_context(client))
+    crl = files.put("ca-crl.pem", authority.revoke_list([]))
+    listed = load_trust(settings(files, crl=crl))
+    leaf, root = who.chain
+    elsewhere = leaf._replace(issuer=b"an intermediate of before")
+    below = dataclasses.replace(who, chain=(leaf, elsewhere, root))
+    assert listed.objection(who) is None
+    assert listed.objection(below) is Refusal.NO_CRL
+    assert load_trust(settings(files)).objection(below) is None  # there are no CRLs at all
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (Rules(exports=(ExportRules("a", (Rule.anybody(),)),)), r"the last \[\[export\]\] is gone"),
+        (Rules(allow=(Rule.parse("", "cn=a"),)), "the last allow rule is gone"),
+        (Rules(allow_from=(parse_network("", "::1"),)), "the last allow-from is gone"),
+    ],
+)
+def test_guards_that_vanish(files: Files, rules: Rules, words: str) -> None:
+    """What a file looks like that was cut off."""
+    guarded = load_trust(dataclasses.replace(settings(files), rules=rules))
+    with pytest.raises(SettingsError, match=words):
+        load_trust(settings(files), None, guarded)
+    bare = load_trust(settings(files))
+    with pytest.raises(SettingsError, match=words):
+        check_guards(guards_of(guarded) | guards_of(bare), bare)
+    assert load_trust(dataclasses.replace(settings(files), rules=rules), None, bare).rules == rules
+
+
+def test_bans_may_be_lifted(files: Files) -> None:
+    banned = Rules(deny=(Rule.parse("", "cn=a"),), deny_from=(parse_network("", "::1"),))
+    before = load_trust(dataclasses.replace(settings(files), rules=banned))
+    assert load_trust(settings(files), None, before).rules == Rules()
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"-----BEGIN A-----\n", b"-----BEGIN A-----\n-----END B-----\n"],
+    ids=["begins", "ends"],
+)
+def test_broken_files_are_looked_at_once(files: Files, junk: bytes) -> None:
+    """To look for an end from each beginning on would take minutes, and this test its time."""
+    files.put("ca-cert.pem", 40_000 * junk)
+    with pytest.raises(SettingsError, match="is cut off"):
+        load_trust(settings(files))
 
 
 def test_sets_that_would_let_in_more_than_anybody_meant(

@@ -307,7 +307,8 @@ def test_workers_do_not_share_randomness(pki: Path, crew: Start) -> None:
 
 def test_lines_of_the_log_are_whole(pki: Path, crew: Start, stack: ExitStack) -> None:
     """Four processes write to one file at once."""
-    with crew("--log-level", "debug", workers=4) as running:
+    flags = ("--log-level", "debug", "--limit", "handshake-rate=0")
+    with crew(*flags, workers=4) as running:
 
         def clients() -> None:
             for _ in range(60):

@@ -40,6 +40,7 @@ from gateway.certs.options import (
 )
 from gateway.certs.show import expiring, show
 from gateway.errors import SettingsError
+from gateway.identity import printable
 from gateway.pki import (
     CA_DAYS,
     CLIENT_DAYS,
@@ -261,7 +262,7 @@ def _revoke(
         password=_passwords(ca_password_file, None).ca,
     )
     for entry in done.added:
-        click.echo(f"Revoked: {entry.serial:#x} {entry.whose}".rstrip())
+        click.echo(f"Revoked: {entry.serial:#x} {printable(entry.whose)}".rstrip())
     if not done.added:
         click.echo("Nothing new: it was revoked before")
     _say(done)
@@ -284,11 +285,13 @@ def _say(done: Revocations) -> None:
         f"{done.next_update:%Y-%m-%d %H:%M} UTC"
     )
     for name in done.dropped:
-        click.echo(f"Left out: the CRL of {name}, a CA that is not in ca-cert.pem", err=True)
+        click.echo(
+            f"Left out: the CRL of {printable(name)}, a CA that is not in ca-cert.pem", err=True
+        )
     for name in done.missing:
         click.echo(
-            f"{name} is in ca-cert.pem without a CRL in {done.path}: the gateway refuses that. "
-            "Append the CRL of that CA",
+            f"{printable(name)} is in ca-cert.pem without a CRL in {done.path}: the gateway "
+            "refuses that. Append the CRL of that CA",
             err=True,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,7 +16,7 @@ from gateway.pki_keys import PkiError
 
 MAX_FILE: Final = 64 << 20  # ours: a CRL of a million entries has 40 MB
 _BLOCK: Final = re.compile(
-    rb"-----BEGIN ([A-Z0-9 ]+)-----\r?\n.*?-----END \1-----[^\S\n]*(?:\n|\Z)", re.DOTALL
+    rb"-----BEGIN ([A-Z0-9 ]+)-----\r?\n(?:(?!-----).)*-----END \1-----[^\S\n]*(?:\n|\Z)", re.DOTALL
 )
 _CERTIFICATE: Final = ("CERTIFICATE", "X509 CERTIFICATE")
 _SIGNER: Final = (
@@ -41,7 +43,10 @@ class Block(NamedTuple):
 def read(path: Path) -> bytes:
     """A file's content. Raises PkiError."""
     try:
-        with path.open("rb") as file:
+        # A pipe would be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PkiError(f"{path}: no regular file")
             content = file.read(MAX_FILE + 1)
     except OSError as error:
         raise PkiError(f"{path}: {error.strerror}") from None

@@ -17,7 +17,7 @@ from gateway.access import Rule
 from gateway.certs.read import Block, blocks_in, read, signed_by
 from gateway.certs.store import is_left_over
 from gateway.errors import SettingsError
-from gateway.identity import Identity, shown
+from gateway.identity import Identity, printable, shown
 from gateway.pki_keys import PkiError, name_of
 
 _USAGES: Final = {
@@ -69,7 +69,12 @@ def show(path: Path, now: datetime) -> str:
             lines = _lines(block, now)
         except _DAMAGED as error:
             lines = [f"cannot be read: {shown(str(error))}"]
-        parts.append("\n".join([f"{path}: {title}{where}", *(f"  {line}" for line in lines)]))
+        parts.append(
+            "\n".join(
+                printable(line)
+                for line in [f"{path}: {title}{where}", *(f"  {one}" for one in lines)]
+            )
+        )
     chain = [block.item for block in blocks if isinstance(block.item, x509.Certificate)]
     if len(chain) > 1:
         parts.append(_order(chain))
@@ -249,7 +254,7 @@ class Expiring(NamedTuple):
         when = f"expired {_days(now - self.ends)} ago"
         if now < self.ends:
             when = f"expires in {_days(self.ends - now)}"
-        return f"{self.ends:%Y-%m-%d} {when}: {self.path}: {self.what}"
+        return printable(f"{self.ends:%Y-%m-%d} {when}: {self.path}: {self.what}")
 
 
 def expiring(

@@ -24,7 +24,15 @@ from gateway.check.keys import check_key, check_psk
 from gateway.check.report import Level, Report
 from gateway.check.rules import check_rules
 from gateway.errors import GatewayError
-from gateway.settings import ListenSystemd, ListenTCP, ListenUnix, Settings, TLSSettings
+from gateway.rule import ANYBODY
+from gateway.settings import (
+    Listen,
+    ListenSystemd,
+    ListenTCP,
+    ListenUnix,
+    Settings,
+    TLSSettings,
+)
 from gateway.trust import load_trust
 
 _OTHER_DESCRIPTORS: Final = 64  # as the server reckons: listeners, log, epoll, ...
@@ -50,8 +58,12 @@ def run(settings: Settings, say: Callable[[str], None], now: datetime | None = N
     with report.part("rules"):
         check_rules(report, settings.rules)
         _check_access(report, settings)
-    for listen in settings.listen:
-        if isinstance(listen, ListenTCP):
+    for listen in dict.fromkeys(settings.listen):
+        if settings.listen.count(listen) > 1 and not _any_port(listen):
+            report.bad(f"--listen {_written(listen)}", "there twice: the second cannot be opened")
+        if isinstance(listen, ListenSystemd):
+            report.ok(f"--listen {_written(listen)}", "what systemd hands over is not known here")
+        elif isinstance(listen, ListenTCP):
             with report.part(f"--listen {listen.host or ''}:{listen.port}"):
                 _check_address(report, listen, local_only=settings.tls is None)
         elif isinstance(listen, ListenUnix):
@@ -150,12 +162,11 @@ def _check_access(report: Report, settings: Settings) -> None:
     """Say what stands when there are no rules: it is easily more than was meant."""
     rules, tls = settings.rules, settings.tls
     for export in rules.exports:
-        if not (export.read_write or export.read_only):
-            report.ok(
-                f'export "{export.name}"',
-                "all who may enter may write: neither read-write nor read-only says who",
-            )
-    if rules.allow or any(one.read_write or one.read_only for one in rules.exports):
+        for do, listed in (("write", export.read_write), ("read", export.read_only)):
+            if any(rule.kind == ANYBODY for rule in listed):
+                report.ok(f'export "{export.name}"', f"all who may enter may {do}")
+    people = [rule for one in rules.exports for rule in (*one.read_write, *one.read_only)]
+    if rules.allow or any(rule.kind != ANYBODY for rule in people):
         return
     if tls is None:
         return  # said already
@@ -165,6 +176,21 @@ def _check_access(report: Report, settings: Settings) -> None:
         report.warn("--allow-anonymous", "everybody may enter, without a certificate")
     else:
         report.ok("access", f"whoever has a certificate of {tls.client_ca} may enter: no --allow")
+
+
+def _any_port(listen: Listen) -> bool:
+    """Whether it is another address each time, or as many as there are."""
+    return isinstance(listen, ListenSystemd) or (isinstance(listen, ListenTCP) and not listen.port)
+
+
+def _written(listen: Listen) -> str:
+    match listen:
+        case ListenTCP(host, port):
+            return f"{host or ''}:{port}"
+        case ListenUnix(path):
+            return f"unix:{path}"
+        case ListenSystemd(name):
+            return f"systemd:{name}" if name else "systemd"
 
 
 def _check_address(report: Report, listen: ListenTCP, *, local_only: bool) -> None:

@@ -17,7 +17,9 @@ from gateway.check.report import Report, date
 from gateway.identity import shown
 
 _SOON: Final = timedelta(days=7)
-_PEM: Final = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+_PEM: Final = re.compile(
+    rb"-----BEGIN X509 CRL-----(?:(?!-----).)*-----END X509 CRL-----", re.DOTALL
+)
 
 CRLs = tuple[x509.CertificateRevocationList, ...]
 

@@ -21,7 +21,7 @@ from gateway.identity import Identity, shown
 from gateway.settings import TLSSettings
 
 _KEY: Final = re.compile(
-    rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----.*?-----END \1PRIVATE KEY-----", re.DOTALL
+    rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(?:(?!-----).)*-----END \1PRIVATE KEY-----", re.DOTALL
 )
 
 

@@ -15,6 +15,7 @@ from typing import Final
 from gateway.access import ExportRules, Network, Rule, Rules
 from gateway.check.report import Report
 from gateway.identity import Identity
+from gateway.rule import ANYBODY
 
 _ANY: Final = "*"
 # A client has one of these at most, so two rules about different ones exclude each other. It may
@@ -143,6 +144,8 @@ def _inside(one: Network, other: Network) -> bool:
 
 def covers(wide: Rule, rule: Rule) -> bool:
     """Whether `wide` lets in everybody whom `rule` lets in."""
+    if wide.kind == ANYBODY:
+        return True
     if wide.kind != rule.kind:
         return False
     client = _only_client(rule)

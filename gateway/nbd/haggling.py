@@ -16,9 +16,10 @@ from gateway.nbd.constants import (
     Rep,
 )
 from gateway.nbd.negotiation import (
+    INSIDE_TLS,
     MAX_OPTION_DATA,
-    MAX_OPTIONS,
     SHUTTING_DOWN,
+    Allowance,
     Ask,
     Close,
     Effect,
@@ -75,11 +76,18 @@ class Haggling:
     After an `Ask` effect nothing more is parsed until `answer` was called with the answer.
     """
 
-    def __init__(self, policy: ExportPolicy, *, tls: bool, no_zeroes: bool) -> None:
+    def __init__(
+        self,
+        policy: ExportPolicy,
+        allowance: Allowance = INSIDE_TLS,
+        *,
+        tls: bool,
+        no_zeroes: bool,
+    ) -> None:
         self._policy = policy
         self._tls = tls
         self._no_zeroes = no_zeroes
-        self._options = Options(MAX_OPTION_DATA, MAX_OPTIONS)
+        self._options = Options(MAX_OPTION_DATA, allowance)
         self._asked: Option | None = None  # the option that waits for the upstream
         self._asked_name = ""  # the export name in it, as the client spelt it
         self._structured = False  # for the client

@@ -41,6 +41,7 @@ class Plan:
         "stop",
         "unanswered",
         "under_way",
+        "volatile",
     )
 
     def __init__(self, request: Request, kind: int, under_way: int = 0) -> None:
@@ -51,6 +52,7 @@ class Plan:
         self.stop = request.offset + request.length
         self.complete = False  # no more parts but for the flush
         self.unanswered = 0
+        self.volatile = False  # a part has changed data that nothing has made durable
         self.flush = False  # still to be sent, when all else has succeeded
         self.holds = False  # the reply is one message: its data is put together here
         self.held: bytearray | None = None
@@ -73,6 +75,13 @@ class InFlight:
         self.requests: dict[int, Request] = {}
         self.next_cookie = 1  # 0 stands for "none"
         self.unfinished = 0  # the cookie of the request whose payload is still on its way
+        self.failed: set[int] = set()  # flushes that the upstream refused, for the journal
+
+    def crowds(self, length: int, most: int) -> bool:
+        """Whether `length` more bytes of READs and WRITEs are more than `most`. If nothing is in
+        flight they never are."""
+        held = sum(one.length for one in self.requests.values() if one.kind < 2)
+        return bool(self.requests) and held + length > most
 
     def add(self, request: Request) -> int:
         """Remember a request, and return its cookie."""

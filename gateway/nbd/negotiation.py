@@ -29,14 +29,13 @@ from gateway.nbd.wire import (
     CLIENT_FLAGS,
     GREETING,
     HANDSHAKE_FLAGS,
+    OPTION,
     Inbox,
     option_reply,
 )
 
 MAX_OPTION_DATA = 64 << 10  # stored; room for 15 meta context queries of the longest kind
 MAX_OPTION_SKIP = MAX_UNADVERTISED_PAYLOAD  # read and thrown away; beyond it is an attack
-MAX_PLAIN_OPTIONS = 32  # before TLS: one is enough, and clients that probe send a handful
-MAX_OPTIONS = 4096  # inside TLS: some clients ask for each export by itself
 
 TLS_REQUIRED = "this server speaks NBD over TLS only: use nbds://, tls-creds= or -certfile"
 TLS_TOO_EARLY = "TLS from its first byte: NBD turns it on by itself, so no stunnel or the like"
@@ -131,6 +130,21 @@ class Greeting:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """How much haggling one client may do; beyond it is an attack, and closing the answer.
+
+    proto.md, "Termination of the session during option haggling".
+    """
+
+    options: int
+    octets: int  # of all options together, headers included, as their headers announce them
+
+
+BEFORE_TLS = Allowance(32, 1 << 20)  # one option is enough, and clients that probe send a handful
+INSIDE_TLS = Allowance(4096, 64 << 20)  # some clients ask for each export by itself
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     number: int
     length: int  # of the data
@@ -140,10 +154,11 @@ class Option:
 class Options:
     """Cuts a client's bytes into options. Data longer than `max_data` is skipped, not stored."""
 
-    def __init__(self, max_data: int, max_options: int) -> None:
+    def __init__(self, max_data: int, allowance: Allowance) -> None:
         self.inbox = Inbox("client")
         self._max_data = max_data
-        self._left = max_options
+        self._left = allowance.options
+        self._octets_left = allowance.octets
         self._number: int | None = None  # of the option whose data is awaited
         self._length = 0
         self._to_skip = 0
@@ -158,6 +173,9 @@ class Options:
             self._left -= 1
             if header.length > MAX_OPTION_SKIP:
                 raise PeerError("client", f"option {header.option} of {header.length} bytes")
+            self._octets_left -= OPTION.size + header.length
+            if self._octets_left < 0:  # before any of them is read
+                raise PeerError("client", "too many bytes of options")
             self._number, self._length = header.option, header.length
             self._to_skip = self._length if self._length > self._max_data else 0
         data = b""
@@ -180,8 +198,8 @@ class PlainHaggling:
     Stores no option data at all.
     """
 
-    def __init__(self) -> None:
-        self._options = Options(max_data=0, max_options=MAX_PLAIN_OPTIONS)
+    def __init__(self, allowance: Allowance = BEFORE_TLS) -> None:
+        self._options = Options(max_data=0, allowance=allowance)
         self._done = False
         self._shutdown = False
         self.end = SessionEnd.ABORTED  # what it means if the client goes now
@@ -228,9 +246,9 @@ class Barred:
     is asked, and no option data is stored.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, allowance: Allowance = BEFORE_TLS) -> None:
         self._text = text
-        self._options = Options(max_data=0, max_options=MAX_PLAIN_OPTIONS)
+        self._options = Options(max_data=0, allowance=allowance)
         self._done = False
         self._shutdown = False
 

@@ -15,7 +15,7 @@ from gateway.nbd.constants import Cmd, CmdFlag, Error
 from gateway.nbd.framing import Framing
 from gateway.nbd.in_flight import ErrorChunk, InFlight, Plan, Request
 from gateway.nbd.replies import Replies
-from gateway.nbd.requests import RequestRules
+from gateway.nbd.requests import CHANGES_DATA, RequestRules
 
 WRITES_UNDER_WAY: Final = 4  # of one plan: each may be 32 MiB of somebody's memory
 READS_UNDER_WAY: Final = 8
@@ -23,6 +23,7 @@ MAX_PLANS: Final = 64  # of one session: a request costs its client less than it
 MAX_BATCH: Final = 64  # follow-ups made in one go
 ZEROES: Final = memoryview(bytes(256 << 10))  # all the zeroes that are ever sent
 
+_FUA = int(CmdFlag.FUA)
 _KEPT_FLAGS: Final = int(CmdFlag.PAYLOAD_LEN | CmdFlag.FUA)
 
 
@@ -30,12 +31,20 @@ class Plans:
     """The plans of one session."""
 
     def __init__(
-        self, rules: RequestRules, in_flight: InFlight, framing: Framing, replies: Replies
+        self,
+        rules: RequestRules,
+        in_flight: InFlight,
+        framing: Framing,
+        replies: Replies,
+        *,
+        most_bytes: int,
     ) -> None:
+        """`most_bytes` of READs and WRITEs may be under way before a follow-up waits."""
         self._rules = rules
         self._in_flight = in_flight
         self._framing = framing
         self._replies = replies
+        self._most_bytes = most_bytes
         self._live: dict[Plan, None] = {}  # in the order of the requests
         self._due: deque[Plan] = deque()
         self._waiting: deque[Plan] = deque()  # for their turn to hold a reply
@@ -106,12 +115,22 @@ class Plans:
 
     @property
     def follow_ups_due(self) -> bool:
-        return bool(self._due)
+        """Whether there are any, and the next may be sent now."""
+        if not self._due:
+            return False
+        return not self._in_flight.crowds(self._next_length(self._due[0]), self._most_bytes)
+
+    def _next_length(self, plan: Plan) -> int:
+        """How many bytes of data its next part has."""
+        if plan.complete:
+            return 0
+        piece = self._rules.piece if plan.kind == Cmd.READ else self._rules.zero_piece
+        return min(piece, plan.stop - plan.at)
 
     def take_follow_ups(self) -> list[bytes | memoryview]:
         """Whole requests for the upstream, one behind the other; at most one has a payload."""
         batch: list[bytes | memoryview] = []
-        while self._due and len(batch) < MAX_BATCH:
+        while len(batch) < MAX_BATCH and self.follow_ups_due:
             plan = self._due.popleft()
             plan.queued = False
             if plan.complete:
@@ -119,8 +138,7 @@ class Plans:
                 flush = Request(plan.request.cookie, Cmd.FLUSH, 0, 0, 0, plan)
                 batch.append(self._send(plan, flush)[1])
                 continue
-            piece = self._rules.piece if plan.kind == Cmd.READ else self._rules.zero_piece
-            length = min(piece, plan.stop - plan.at)
+            length = self._next_length(plan)
             batch.append(self.part(plan, length)[1])
             plan.complete = plan.at == plan.stop
             if not plan.complete and plan.unanswered < plan.under_way:
@@ -140,6 +158,8 @@ class Plans:
     def answered(self, plan: Plan, error: int = 0, chunk: ErrorChunk | None = None) -> None:
         """The upstream has answered one part."""
         plan.unanswered -= 1
+        if plan.kind in CHANGES_DATA and (self._rules.adds_fua or not plan.request.flags & _FUA):
+            plan.volatile = True
         if error and not plan.error:
             plan.error, plan.error_chunk = error, chunk
         self._go_on(plan)
@@ -150,6 +170,24 @@ class Plans:
             if not plan.error and (plan.flush or not plan.complete):
                 plan.error = Error.ESHUTDOWN
                 self._go_on(plan)
+
+    def fail_flushes(self, error: int) -> bool:
+        """Fail what has yet to send its flush, and what has had a part done that may be lost: its
+        reply would say that all of it is. Returns whether there was any of the former."""
+        plans = [plan for plan in self._live if not plan.error]
+        found = any(plan.flush for plan in plans)
+        for plan in plans:
+            if plan.flush or plan.volatile:
+                plan.error = error
+                self._go_on(plan)
+        return found
+
+    def refuse(self, request: Request, error: int) -> None:
+        """Answer a request of the upstream's, out of flight already, in its place."""
+        if request.plan is not None:
+            self.answered(request.plan, error)
+        else:
+            self.said.append(self._replies.error(request, error))
 
     def take_replies(self) -> list[bytes | bytearray]:
         """What the client is to be told of plans that have come to their end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from gateway.nbd.constants import TransmissionFlag
+from gateway.nbd.constants import MAX_UNADVERTISED_PAYLOAD, TransmissionFlag
 from gateway.nbd.pairing import Granted, Terms
 from gateway.nbd.upgrades import (
     NO_UPGRADES,
@@ -14,12 +14,13 @@ from gateway.nbd.upgrades import (
     offered_block_sizes,
     offered_flags,
 )
-from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, MetaContext
+from gateway.nbd.wire import DEFAULT_BLOCK_SIZES, BlockSizes, MetaContext
 
 NO_SUCH_EXPORT: Final = "no such export here, or it is not yours to open"
 
 # Plain ints: an operation on an IntFlag is a dozen calls.
 _HAS_FLAGS, _READ_ONLY = int(TransmissionFlag.HAS_FLAGS), int(TransmissionFlag.READ_ONLY)
+_CAN_MULTI_CONN = int(TransmissionFlag.CAN_MULTI_CONN)
 _SEND_DF = int(TransmissionFlag.SEND_DF)
 _BLOCK_STATUS_PAYLOAD = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
 _SEND_WRITE_ZEROES = int(TransmissionFlag.SEND_WRITE_ZEROES)
@@ -62,6 +63,9 @@ class ExportPolicy:
     read_only: bool = False  # whatever is opened by `name`
     upgrades: frozenset[Upgrade] = NO_UPGRADES
     table: tuple[Export, ...] | None = None
+    # The upstream may be replaced. Then, where something may be written, a flush on one connection
+    # says nothing about another; and what is in flight is kept, so it has to have an end.
+    replaceable: bool = False
 
     def find(self, asked: str) -> Export | None:
         """What a client means by this name; None if there is no such export, or not for it."""
@@ -130,11 +134,12 @@ def agree(
             replies,
             read_only=found.read_only,
             filters=bool(contexts) or not go,
+            multi_conn=not policy.replaceable,
         ),
         structured_replies=replies.structured,
         extended_headers=replies.extended,
         contexts=contexts,
-        block_sizes=offered_block_sizes(told, policy.upgrades),
+        block_sizes=_bounded(offered_block_sizes(told, policy.upgrades), policy),
         upstream=Capabilities(
             export.flags,
             replies.chunks_below and not replies.extended,
@@ -144,6 +149,13 @@ def agree(
     )
 
 
+def _bounded(sizes: BlockSizes, policy: ExportPolicy) -> BlockSizes:
+    if not policy.replaceable or sizes.maximum <= MAX_UNADVERTISED_PAYLOAD:
+        return sizes
+    maximum = max(MAX_UNADVERTISED_PAYLOAD, sizes.preferred)
+    return BlockSizes(sizes.minimum, sizes.preferred, maximum)
+
+
 def _told_flags(
     upstream: int,
     upgrades: frozenset[Upgrade],
@@ -151,6 +163,7 @@ def _told_flags(
     *,
     read_only: bool,
     filters: bool,
+    multi_conn: bool,
 ) -> TransmissionFlag:
     """What can be offered, less what was not negotiated or may not be used.
 
@@ -169,4 +182,6 @@ def _told_flags(
         flags &= ~_SEND_FAST_ZERO
     if read_only:
         flags &= ~_WRITE_FEATURES
+    if not (multi_conn or flags & _READ_ONLY):
+        flags &= ~_CAN_MULTI_CONN
     return TransmissionFlag(flags)

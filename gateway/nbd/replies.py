@@ -80,6 +80,10 @@ class Replies:
             return self._chunk(request, ReplyFlag.DONE, Chunk.NONE, 0)
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
 
+    def end(self, request: Request) -> bytes:
+        """The last chunk of a reply whose other chunks have said everything."""
+        return self._chunk(request, ReplyFlag.DONE, Chunk.NONE, 0)
+
     def error(self, request: Request, error: int, chunk: ErrorChunk | None = None) -> bytes:
         """An error; in a chunk it has a text for the user, ours unless `chunk` is given."""
         if not self._chunks:
@@ -188,6 +192,16 @@ class ChunkedReply:
                 raise PeerError("upstream", "a read's reply in too many pieces out of order")
             starts.insert(after, start)
             stops.insert(after, stop)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the client has been told of an error."""
+        return self._failed
+
+    @property
+    def contexts_told(self) -> frozenset[int]:
+        """The meta contexts whose status has been told."""
+        return frozenset(self._seen_ids)
 
     def check_length(self, kind: int, length: int) -> None:
         """The length of a chunk's payload, before that is waited for; OFFSET_DATA apart."""

@@ -13,6 +13,7 @@ from typing import Final
 
 from gateway.errors import PeerError
 from gateway.nbd.constants import (
+    CHUNK_ERROR_BIT,
     SIMPLE_REPLY_MAGIC,
     Chunk,
     Cmd,
@@ -26,6 +27,7 @@ from gateway.nbd.plans import ZEROES, Plans
 from gateway.nbd.replies import ChunkedReply, Replies, legal_error
 from gateway.nbd.request_walk import Piece
 from gateway.nbd.requests import RequestRules
+from gateway.nbd.resumption import Resumption
 from gateway.nbd.sparse import Run, runs, whole_blocks
 from gateway.nbd.wire import HOLE, SIMPLE_REPLY, U16, U32, U64
 
@@ -49,7 +51,9 @@ class ReplyWalk:
         replies: Replies,
         *,
         chunks_below: bool,
+        resumption: Resumption | None = None,
     ) -> None:
+        """With a `resumption` only whole replies and chunks are passed on."""
         self.fault: PeerError | None = None
         self.upstream_ends = False
         self.wanted = 0
@@ -58,6 +62,7 @@ class ReplyWalk:
         self._in_flight = in_flight
         self._plans = plans
         self._replies = replies
+        self._resumption = resumption
         self._chunks_below = chunks_below  # the upstream answers a READ in chunks
         self._converts = rules.chunks_above and not chunks_below
         self._chunked: dict[int, ChunkedReply] = {}  # replies of more than one chunk, under way
@@ -133,12 +138,19 @@ class ReplyWalk:
             request.kind == _READ or (request.kind == _BLOCK_STATUS and not error)
         ):
             raise PeerError("upstream", "a simple reply where a structured one is due")
+        if self._has_refused(mine):
+            raise PeerError("upstream", "a second reply to what it has refused")
         if mine in self._chunked:
             raise PeerError("upstream", "a simple reply to a request that has chunks")
         after = at + _SIMPLE_SIZE
         if error:
             error = legal_error(error)
-            self._look_for_shutdown(error)
+            if self._refuses(mine, request, error, last=True):
+                self._cut(at, after)
+                return after
+        if data_follows and self._resumption is not None and end - after < request.length:
+            self.wanted = after + request.length - at
+            return at
         if data_follows and (self._converts or request.plan is not None):
             self._cut(at, after)
             self._left, self._data_at = request.length, request.offset
@@ -173,6 +185,8 @@ class ReplyWalk:
         if self._framing.extended and header[4] != request.offset:
             raise PeerError("upstream", f"a reply about {header[4]} to a request at another offset")
         done = bool(flags & _DONE)
+        if self._resumption is not None and (request.kind == _READ or self._has_refused(mine)):
+            return self._whole_chunk(buffer, at, end, mine, request, self._resumption)
         if kind == _OFFSET_DATA:
             return self._data_chunk(buffer, at, end, mine, request, flags, length)
         after = at + size + length
@@ -192,11 +206,23 @@ class ReplyWalk:
         if after > end:
             self.wanted = after - at
             return at
+        if self._resumption is not None and kind & CHUNK_ERROR_BIT:
+            (error,) = U32.unpack_from(buffer, at + size)
+            if self._refuses(mine, request, legal_error(error), last=done):
+                self._cut(at, after)
+                return after
         error = self._small_chunk(buffer, at + size, kind, reply, length, done=done)
         plan = request.plan
         if done:
             reply.finish()
             del self._in_flight.requests[mine], self._chunked[mine]
+        if self._resumption is not None and kind in _STATUS:
+            (context,) = U32.unpack_from(buffer, at + size)
+            if self._resumption.has_told(mine, context, last=done):
+                self._cut(at, after)
+                if done:
+                    self._pieces.append(self._replies.end(request))
+                return after
         if plan is None:
             self._readdress(buffer, at, request, flags)
             return after
@@ -208,6 +234,60 @@ class ReplyWalk:
             reply.error_chunk = reply.error_chunk or (error, _kept(buffer, at + size, kind, length))
         if done:
             self._plans.answered(plan, *(reply.error_chunk or ()))
+        return after
+
+    def _whole_chunk(
+        self,
+        buffer: bytearray,
+        at: int,
+        end: int,
+        mine: int,
+        request: Request,
+        resumption: Resumption,
+    ) -> int:
+        """A chunk of a READ, or behind a refusal, where another upstream may be asked: nothing of
+        a READ is told before all of it is."""
+        header: tuple[int, ...] = self._framing.chunk.unpack_from(buffer, at)
+        flags, kind, length = header[1], header[2], header[-1]
+        done, begin = bool(flags & _DONE), at + self._framing.chunk.size
+        after = begin + length
+        if kind != _OFFSET_DATA:
+            self._chunked_reply(mine, request).check_length(kind, length)
+        elif request.kind != _READ or not U64.size < length <= U64.size + request.length:
+            raise PeerError("upstream", f"a data chunk of {length} bytes")
+        if after > end:
+            self.wanted = after - at
+            return at
+        if self._has_refused(mine):
+            resumption.follows_refusal(mine, last=done)
+            self._cut(at, after)
+            return after
+        alone = done and request.plan is None and mine not in self._chunked
+        if alone and kind == _OFFSET_DATA and length == U64.size + request.length:
+            if U64.unpack_from(buffer, begin)[0] != request.offset:
+                raise PeerError("upstream", "data that is not where it was asked for")
+            self._readdress(buffer, at, request, flags)
+            del self._in_flight.requests[mine]
+            return after
+        self._cut(at, after)
+        reply = self._chunked_reply(mine, request)
+        if kind == _OFFSET_DATA:
+            (offset,) = U64.unpack_from(buffer, begin)
+            reply.content(offset, length - U64.size)
+            with memoryview(buffer) as view, view[begin + U64.size : after] as data:
+                resumption.keep(mine, request, offset, data)
+        else:
+            if kind & CHUNK_ERROR_BIT:
+                (error,) = U32.unpack_from(buffer, begin)
+                if resumption.refuses(mine, request, legal_error(error), last=done):
+                    return after
+            error = self._small_chunk(buffer, begin, kind, reply, length, done=done)
+            if error and reply.error_chunk is None:
+                reply.error_chunk = (error, _kept(buffer, begin, kind, length))
+        if done:
+            reply.finish()
+            del self._in_flight.requests[mine], self._chunked[mine]
+            self._pieces += resumption.tell(mine, request, reply)
         return after
 
     def _chunked_reply(self, mine: int, request: Request) -> ChunkedReply:
@@ -293,7 +373,8 @@ class ReplyWalk:
             reply.status(buffer, at, length)
         else:
             error = reply.error(buffer, at, kind, length)
-            self._look_for_shutdown(error)
+            if self._resumption is None:
+                self._look_for_shutdown(error)
             return error
         return 0
 
@@ -372,6 +453,24 @@ class ReplyWalk:
             self._pieces.append(self._replies.success(request))
 
     # -- the end of the upstream
+
+    def _has_refused(self, mine: int) -> bool:
+        return self._resumption is not None and mine in self._resumption.refused
+
+    def _refuses(self, mine: int, request: Request, error: int, *, last: bool) -> bool:
+        """Whether this error is not for the client, because another upstream will be asked."""
+        if self._resumption is None:
+            self._look_for_shutdown(error)
+            return False
+        return self._resumption.refuses(mine, request, error, last=last)
+
+    def resume(self) -> None:
+        """Forget what an upstream was in the middle of. See `Resumption.resume`."""
+        assert self._resumption is not None
+        assert not self._left, "only whole data is passed on"
+        self.wanted = 0
+        chunked, self._chunked = self._chunked, {}
+        self._resumption.resume(chunked)
 
     def _look_for_shutdown(self, error: int) -> None:
         """ "If the client receives an NBD_ESHUTDOWN error it MUST initiate a soft disconnect." """

@@ -8,7 +8,7 @@ never assembled. Requests that the upstream must not see are answered here.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.errors import PeerError
 from gateway.nbd.constants import Cmd, CmdFlag, Error
@@ -31,6 +31,13 @@ _MAX_STATUS_LENGTH: Final = (1 << 32) - (1 << 16)
 _STOP: Final = -1  # in place of a position: read no further, for now or for ever
 
 
+class InFlightLimits(NamedTuple):
+    """How much of one session the upstream may owe an answer to."""
+
+    requests: int = 1024
+    payload: int = 64 << 20  # bytes, of READs and WRITEs; one request is always let through
+
+
 class RequestWalk:
     """One direction of a `Transmission`, which says what the attributes mean."""
 
@@ -41,6 +48,7 @@ class RequestWalk:
         in_flight: InFlight,
         plans: Plans,
         replies: Replies,
+        limits: InFlightLimits,
     ) -> None:
         self.done = False
         self.crowded = False
@@ -50,6 +58,12 @@ class RequestWalk:
         self._in_flight = in_flight
         self._plans = plans
         self._replies = replies
+        self._most = limits.requests
+        self._most_bytes = limits.payload
+        # As many of these as there may be requests are never too much, so nobody has to count.
+        self._small = limits.payload // limits.requests
+        self._has_large = False  # one that has to be counted may be in flight
+        self._crowding = 0  # the length of what was left because of `_most_bytes`
         self._local: list[bytes | bytearray] = []
         self._pieces: list[Piece] = []
         self._start = 0  # of what is not in `_pieces` yet
@@ -59,6 +73,26 @@ class RequestWalk:
         self._payload_reply = b""  # what to say behind a payload that is thrown away
         self._plan: Plan | None = None  # the WRITE that is being taken apart
         self._plan_left = 0  # of its payload, behind the part under way
+
+    @property
+    def full(self) -> bool:
+        """Whether what was left as `crowded` has to wait still."""
+        return (
+            len(self._plans) >= MAX_PLANS
+            or len(self._in_flight.requests) >= self._most
+            or (self._crowding > 0 and self._crowds(self._crowding))
+        )
+
+    def _uncounted(self) -> int:
+        """Requests up to this length are not too much, whatever is in flight."""
+        if self._has_large:
+            requests = self._in_flight.requests.values()
+            self._has_large = any(r.length > self._small and r.kind < 2 for r in requests)
+        return 0 if self._has_large else self._small
+
+    def _crowds(self, length: int) -> bool:
+        """Whether a READ or WRITE of this many bytes is too much, beside those in flight."""
+        return self._in_flight.crowds(length, self._most_bytes)
 
     @property
     def mid_payload(self) -> bool:
@@ -80,6 +114,7 @@ class RequestWalk:
         pieces: list[Piece] = []
         self._pieces, self._start = pieces, at
         self.crowded = False
+        self._crowding = 0
         if self._payload_left or self._plan_left:
             at = self._take_payload(at, end)
         rules, framing, in_flight = self._rules, self._framing, self._in_flight
@@ -91,6 +126,8 @@ class RequestWalk:
             U64.pack_into,
             in_flight.requests,
         )
+        last = in_flight.next_cookie + self._most - len(requests)
+        small = self._uncounted()
         while end - at >= header:
             magic, flags, kind, cookie, offset, length = unpack(buffer, at)
             if magic != expected:
@@ -109,6 +146,11 @@ class RequestWalk:
                 at = after
                 continue
             mine = in_flight.next_cookie
+            if mine >= last or (length > small and self._crowds(length)):
+                self._leave(length)
+                break
+            if length > self._small:
+                small, self._has_large = 0, True
             in_flight.next_cookie = mine + 1
             requests[mine] = Request(cookie, kind, flags, offset, length)
             pack_cookie(buffer, at + COOKIE_AT, mine)
@@ -124,6 +166,11 @@ class RequestWalk:
         self._pieces = []  # an idle session must not own what it has sent
         return at, pieces
 
+    def _leave(self, length: int) -> None:
+        """Leave a request where it is until others are answered."""
+        self.crowded = True
+        self._crowding = length
+
     def _cut(self, at: int, resume: int) -> None:
         """Up to `at` all may go on; what is between there and `resume` may not."""
         if self._start < at:
@@ -136,6 +183,9 @@ class RequestWalk:
         """Deal with one request. Returns where it ends in this buffer, or _STOP."""
         if request.kind == _DISC:
             self.done = True
+            return _STOP
+        if len(self._in_flight.requests) >= self._most:
+            self._leave(0)
             return _STOP
         rules = self._rules
         if rules.extended and request.kind == _WRITE and not request.flags & _PAYLOAD_LEN:
@@ -153,8 +203,15 @@ class RequestWalk:
             return self._examine_filter(buffer, at, behind, end, request)
         verdict = rules.verdict(request.kind, request.flags, request.offset, request.length)
         if verdict == 0:
-            self._forward(buffer, at, request)
-            return behind  # no WRITE: what can be wrong with that is more than a verdict can mend
+            if request.kind < 2 and self._crowds(request.length):
+                self._leave(request.length)
+                return _STOP
+            self._has_large |= request.length > self._small
+            mine = self._forward(buffer, at, request)
+            if request.kind != _WRITE:
+                return behind
+            self._payload_left, self._in_flight.unfinished = payload, mine
+            return self._take_payload(behind, end)
         if verdict == PLANNED:
             return self._take_apart(buffer, at, behind, end, request)
         if verdict == ANSWERED_HERE:
@@ -193,8 +250,8 @@ class RequestWalk:
             self._forward(buffer, at, request._replace(length=length, context_ids=ids))
         return stop
 
-    def _forward(self, buffer: bytearray, at: int, request: Request) -> None:
-        """Send a request on as it is, or nearly."""
+    def _forward(self, buffer: bytearray, at: int, request: Request) -> int:
+        """Send a request on as it is, or nearly. Returns its cookie there."""
         if request.kind not in CHANGES_DATA:  # FUA is legal there, but means nothing
             dropped = _FUA | _DF if self._rules.drops_df else _FUA
             U16.pack_into(buffer, at + FLAGS_AT, request.flags & ~dropped)
@@ -205,14 +262,17 @@ class RequestWalk:
         ):
             request = request._replace(length=_MAX_STATUS_LENGTH)
             U32.pack_into(buffer, at + LENGTH_AT, _MAX_STATUS_LENGTH)
-        U64.pack_into(buffer, at + COOKIE_AT, self._in_flight.add(request))
+        mine = self._in_flight.add(request)
+        U64.pack_into(buffer, at + COOKIE_AT, mine)
+        return mine
 
     def _take_apart(
         self, buffer: bytearray, at: int, behind: int, end: int, request: Request
     ) -> int:
         """Make a plan for a request. `plans` has the rest."""
-        if len(self._plans) >= MAX_PLANS:
-            self.crowded = True
+        has_data = request.kind in (_WRITE, Cmd.READ)
+        if len(self._plans) >= MAX_PLANS or (has_data and self._crowds(request.length)):
+            self._leave(request.length if has_data else 0)
             return _STOP
         if request.kind == Cmd.READ:
             self._cut(at, behind)

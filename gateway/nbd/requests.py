@@ -34,11 +34,13 @@ class RequestRules:
     request, and so the caller looks itself.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, *, resumable: bool = False) -> None:
+        """With `resumable` no READ or WRITE is of more than MAX_UNADVERTISED_PAYLOAD below."""
         served = terms.served
         self._terms = terms
         self._refuse_all = False
-        self._max_payload = terms.block_sizes.maximum
+        self._owes_error = False
+        self._max_payload = self.told_maximum = terms.block_sizes.maximum
         self._allowed: dict[int, int | None] = {kind: self._allowed_flags(kind) for kind in Cmd}
         # Where the client was told more than the upstream keeps:
         self.adds_fua = _told_only(terms, TransmissionFlag.SEND_FUA)
@@ -49,9 +51,14 @@ class RequestRules:
         self.drops_df = chunks_above and not df_below
         self._adds_df = chunks_below and self.drops_df  # else the gateway makes the chunks
         # The longest READ or WRITE that the upstream takes, whole blocks of its own.
-        self.piece = max(served.block_sizes.maximum & -served.block_sizes.minimum, 1)
+        most = served.block_sizes.maximum
+        unsplit = _ANY_LENGTH
+        if resumable:
+            most = min(most, MAX_UNADVERTISED_PAYLOAD)
+            unsplit = MAX_UNADVERTISED_PAYLOAD & -served.block_sizes.minimum
+        self.piece = max(most & -served.block_sizes.minimum, 1)
         self.zero_piece = min(self.piece, MAX_UNADVERTISED_PAYLOAD)
-        whole = self.piece if terms.split else _ANY_LENGTH
+        whole = self.piece if terms.split else unsplit
         # In chunks, a server may answer any read; one that has to be split is in chunks above.
         chunks = chunks_below or (chunks_above and terms.split)
         self._max_read = _ANY_LENGTH if chunks else self._max_payload
@@ -76,13 +83,32 @@ class RequestRules:
         read = (self._allowed[Cmd.READ] or 0) & ~_FUA & ~(_DF if self.drops_df else 0)
         write = (self._allowed[Cmd.WRITE] or 0) & ~(_FUA if self.adds_fua else 0)
         needed = _PAYLOAD_LEN if self.extended else 0
-        self.checked_flags = (~read, ~write | needed)
+        self._checked_writes = ~write | needed
+        self.checked_flags = (~read, self._checked_writes)
         self.needed_flags = (0, needed)
 
     def refuse_all(self) -> None:
         """NBD_ESHUTDOWN is the verdict from now on."""
         self._refuse_all = True
         self.limits = (0, 0)
+
+    def owe_error(self) -> None:
+        """NBD_EIO is the verdict on the next request that asks for durability, and on that only."""
+        self._owes_error = True
+        self._check_fua(self.checked_flags[_WRITE] | _FUA)
+
+    def _check_fua(self, checked: int) -> None:
+        self.checked_flags = (self.checked_flags[_READ], checked)
+
+    def _takes_error(self, kind: int, flags: int) -> bool:
+        """Whether this is the request that fails in place of writes that are lost."""
+        if not (
+            self._owes_error and (kind == Cmd.FLUSH or (kind in CHANGES_DATA and flags & _FUA))
+        ):
+            return False
+        self._owes_error = False
+        self._check_fua(self._checked_writes)
+        return True
 
     def payload(self, kind: int, flags: int, length: int) -> int:
         """How many bytes follow this header. Raises PeerError for a payload that is an attack.
@@ -109,7 +135,9 @@ class RequestRules:
         if allowed is None or flags & ~allowed:
             return Error.EINVAL
         if kind == Cmd.FLUSH:
-            return Error.EINVAL if offset or length else 0
+            if offset or length:
+                return Error.EINVAL
+            return Error.EIO if self._takes_error(kind, flags) else 0
         if offset > self.size or length > self.size - offset:
             return Error.ENOSPC if kind in (Cmd.WRITE, Cmd.WRITE_ZEROES) else Error.EINVAL
         if length == 0:  # "unspecified", and some servers do not survive it: never forwarded
@@ -120,6 +148,8 @@ class RequestRules:
             return self._read_verdict(flags, length)
         if kind == _WRITE and length > self._max_payload:
             return Error.EINVAL
+        if self._takes_error(kind, flags):
+            return Error.EIO
         if kind == Cmd.WRITE_ZEROES and self.adds_zeroes:
             return Error.ENOTSUP if flags & _FAST_ZERO else PLANNED
         if kind in CHANGES_DATA and flags & _FUA and self.adds_fua:

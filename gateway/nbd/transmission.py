@@ -7,19 +7,22 @@ buffers go on in place; where the gateway has to help, `plans` has the requests 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gateway.errors import PeerError
+from gateway.nbd.constants import Cmd, CmdFlag, Error
 from gateway.nbd.framing import framing
 from gateway.nbd.in_flight import InFlight
+from gateway.nbd.journal import Journal
 from gateway.nbd.pairing import Terms
-from gateway.nbd.plans import MAX_PLANS, Plans
+from gateway.nbd.plans import Plans
 from gateway.nbd.replies import Replies
 from gateway.nbd.reply_walk import ReplyWalk
-from gateway.nbd.request_walk import Piece, RequestWalk
-from gateway.nbd.requests import RequestRules
+from gateway.nbd.request_walk import InFlightLimits, Piece, RequestWalk
+from gateway.nbd.requests import CHANGES_DATA, RequestRules
+from gateway.nbd.resumption import Resumption
 
-__all__ = ["Piece", "Transmission"]
+__all__ = ["InFlightLimits", "Piece", "Transmission"]
 
 
 class Transmission:
@@ -27,15 +30,30 @@ class Transmission:
 
     Feed `requests` with what the client sent and `replies` with what the upstream sent, and send
     on what they name. Then look at the properties.
+
+    If it is `resumable`, the upstream may be replaced by another one: `record` all that is sent
+    upstream, before it is sent, and after `resume` send what there is in `again`. Such a session
+    passes on whole replies and chunks only, each of 32 MiB at most.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        *,
+        limits: InFlightLimits = InFlightLimits(),  # noqa: B008  (immutable)
+        resumable: bool = False,
+    ) -> None:
         self._framing = framing(extended=terms.extended_headers)
-        self._rules = rules = RequestRules(terms)
+        self._rules = rules = RequestRules(terms, resumable=resumable)
         self._in_flight = in_flight = InFlight()
         replies = Replies(structured=terms.structured_replies, extended=terms.extended_headers)
-        self._plans = plans = Plans(rules, in_flight, self._framing, replies)
-        self._from_client = RequestWalk(rules, self._framing, in_flight, plans, replies)
+        self._plans = plans = Plans(
+            rules, in_flight, self._framing, replies, most_bytes=limits.payload
+        )
+        self._resumption = (
+            Resumption(in_flight, plans, replies, maximum=rules.told_maximum) if resumable else None
+        )
+        self._from_client = RequestWalk(rules, self._framing, in_flight, plans, replies, limits)
         self._from_upstream = ReplyWalk(
             rules,
             self._framing,
@@ -43,7 +61,9 @@ class Transmission:
             plans,
             replies,
             chunks_below=terms.served.structured_replies or terms.extended_headers,
+            resumption=self._resumption,
         )
+        self._journal = Journal(self._framing, in_flight) if resumable else None
         self._upstream_lost = False
 
     # -- the walks
@@ -61,7 +81,10 @@ class Transmission:
         Bytes that are not done with are one unfinished message; bring them again with the next, in
         a buffer that has room for `wanted` bytes of them.
         """
-        return self._from_upstream.walk(buffer, at, end)
+        walked = self._from_upstream.walk(buffer, at, end)
+        if self._journal is not None:
+            self._journal.settle()
+        return walked
 
     def take_local_replies(self) -> bytes:
         """Replies to requests that were not forwarded, in the order of the requests."""
@@ -90,8 +113,8 @@ class Transmission:
 
     @property
     def full(self) -> bool:
-        """So many plans are under way that another one has to wait."""
-        return len(self._plans) >= MAX_PLANS
+        """What was left as `crowded` has to wait until the upstream has answered more."""
+        return self._from_client.full
 
     @property
     def client_fault(self) -> PeerError | None:
@@ -138,6 +161,77 @@ class Transmission:
         """Whether the client is in the middle of a message, so that no other may start."""
         return self._from_upstream.mid_reply
 
+    # -- another upstream in place of the first
+
+    def record(self, buffer: bytearray, pieces: Sequence[Piece]) -> None:
+        """Keep a copy of what is to be sent upstream, until it is answered."""
+        assert self._journal is not None
+        with memoryview(buffer) as view:
+            for piece in pieces:
+                if isinstance(piece, tuple):
+                    with view[piece[0] : piece[1]] as span:
+                        self._journal.record(span)
+                else:
+                    self._journal.record(memoryview(piece))
+
+    @property
+    def upstream_leaves(self) -> bool:
+        """The upstream has answered NBD_ESHUTDOWN, which the client is not told: another one is
+        to be asked. Send this one nothing more."""
+        return self._resumption is not None and bool(self._resumption.refused)
+
+    @property
+    def upstream_has_left(self) -> bool:
+        """It owes no answer but to what it has refused, and to a payload that it does not have."""
+        assert self._journal is not None
+        assert self._resumption is not None
+        owed = self._journal.open_at_upstream & self._in_flight.requests.keys()
+        return owed - {self._in_flight.unfinished} <= self._resumption.refused.keys()
+
+    @property
+    def answered(self) -> int:
+        """How many requests upstreams have answered, ever."""
+        assert self._journal is not None
+        return self._journal.settled
+
+    def suspend(self) -> None:
+        """From now on what is recorded is not sent, but waits for `again`."""
+        assert self._journal is not None
+        self._journal.suspend()
+
+    def resume(self) -> bool:
+        """There is another upstream, to be sent what there is in `again`.
+
+        Returns whether completed writes may be lost: then those in flight that ask for durability
+        fail with NBD_EIO, or else the next one that does. Walk replies afterwards, of no bytes:
+        there may be something to tell the client.
+        """
+        assert self._journal is not None
+        self._from_upstream.resume()
+        self._journal.settle()
+        lost = self._journal.take_loss()
+        if lost and not self._fail_flushes(self._journal):
+            self._rules.owe_error()
+        return lost
+
+    def _fail_flushes(self, journal: Journal) -> bool:
+        """Returns whether there were any, so that the client will know."""
+        in_flight, found = self._in_flight, False
+        for cookie, request in list(in_flight.requests.items()):
+            durable = request.kind in CHANGES_DATA and request.flags & CmdFlag.FUA
+            # Whose payload is half here answers for itself; the next one is told.
+            if (request.kind == Cmd.FLUSH or durable) and cookie != in_flight.unfinished:
+                del in_flight.requests[cookie]
+                journal.forget(cookie)
+                self._plans.refuse(request, Error.EIO)
+                found = True
+        return self._plans.fail_flushes(Error.EIO) or found
+
+    def again(self) -> Iterator[bytes]:
+        """All that is not answered, in order, to be sent to the new upstream; see `Journal`."""
+        assert self._journal is not None
+        return self._journal.again()
+
     # -- ends
 
     def disconnect_request(self) -> bytes:
@@ -157,6 +251,8 @@ class Transmission:
         "the server MUST immediately initiate a hard disconnect".
         """
         self.shutdown()
+        if self._journal is not None:
+            self._journal.clear()
         if self._upstream_lost:
             return iter(())
         unfinished = self._from_client.lose_upstream()

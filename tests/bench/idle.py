@@ -69,6 +69,8 @@ def measure(most: int, workers: int) -> None:
         argv = [sys.executable, "-m", "gateway", "--tls-dir", here / "tls", "--socket", disk]
         argv += ["--listen", "127.0.0.1:0", "--log-level", "warning"]
         argv += ["--max-connections", str(most + 10), "--workers", str(workers)]
+        # They come from one address, with one certificate.
+        argv += ["--limit", "clients-per-identity=0", "--limit", "handshake-rate=0"]
         gateway = Process(argv, port_file, cwd=ROOT)
         stack.callback(gateway.stop)
         gateway.wait_until(lambda: "nbds://" in port_file.read_text(), "no gateway", START_S)

@@ -48,13 +48,19 @@ def direct() -> Kind:
 
 
 def gateway(workers: int = 1, root: Path = ROOT, name: str = "gateway") -> Kind:
-    """With its defaults, but for the number of clients. Raises Failed without `--workers`."""
+    """With its defaults, but for the number of clients, in all and of one address and certificate.
+
+    Raises Failed without `--workers`.
+    """
     argv = [sys.executable, "-m", "gateway"]
+    known = run([*argv, "--help"], START_S, cwd=root)
     more: list[str] = []
+    if "--limit" in known:  # it may be an older one
+        more += ["--limit", "clients-per-identity=0", "--limit", "handshake-rate=0"]
     if workers > 1:
-        if "--workers" not in run([*argv, "--help"], START_S, cwd=root):
+        if "--workers" not in known:
             raise Failed("this gateway has no --workers")
-        more = ["--workers", str(workers)]
+        more += ["--workers", str(workers)]
 
     def command(place: Place) -> list[str | Path]:
         tls: list[str | Path] = ["--tls-dir", place.tls]

@@ -159,7 +159,9 @@ class Gateways:
             *("--client-ca", str(self._pki / "ca-cert.pem")),
         ]
         tls = [] if "off" in options else pem
-        arguments = [*tls, "--socket", str(path), "--listen", "127.0.0.1:0", *options]
+        # One address, and hundreds of clients a second: what this is about is in test_floods.
+        rate = ("--limit", "handshake-rate=0")
+        arguments = [*tls, "--socket", str(path), "--listen", "127.0.0.1:0", *rate, *options]
         gateway = self._stack.enter_context(Gateway(*arguments))
         self._running[options] = gateway, fake
         return gateway, fake

@@ -49,15 +49,24 @@ def test_huge_option_is_not_stored(lab: Lab, number: int) -> None:
     client = lab.tls()
     lab.forget_peak()
     before = lab.peak_kib()
-    client.send(option(number, length=32 << 20))
-    for _ in range(31):
-        client.send(bytes(1 << 20))
-    assert lab.peak_kib() - before < 8 << 10
-    client.send(bytes(1 << 20))
+    client.send(option(number, length=960 << 10))  # with its header, all that may be said here
+    for _ in range(14):
+        client.send(bytes(64 << 10))
+    assert lab.peak_kib() - before < 512
+    client.send(bytes(64 << 10))
     if number == Opt.EXPORT_NAME:
         assert client.recv_to_end() == b""
     else:
         assert client.reply().type == Rep.ERR_POLICY
+
+
+def test_no_more_than_a_mebibyte_of_options(lab: Lab) -> None:
+    lab.settled_fds()  # nobody else's end is logged from here on
+    logged = len(lab.gateway.log())
+    client = lab.tls()
+    client.send(option(Opt.GO, length=1 << 20))
+    assert client.recv_to_end() == b""
+    assert said(lab, logged) == "client broke the protocol (too many bytes of options)"
 
 
 def test_option_too_large_to_skip(lab: Lab) -> None:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from gateway.errors import PeerError, SessionEnd
 from gateway.nbd.constants import Opt, Rep
 from gateway.nbd.negotiation import (
+    BEFORE_TLS,
     MAX_OPTION_SKIP,
-    MAX_PLAIN_OPTIONS,
     TLS_TOO_EARLY,
+    Allowance,
     Ask,
     Barred,
     Close,
@@ -100,20 +101,25 @@ def test_nothing_behind_abort_is_answered() -> None:
 
 def test_no_option_data_is_stored() -> None:
     """(CVE-2017-15119): whatever is in it."""
+    piece = bytes(1 << 16)
+    length = BEFORE_TLS.octets - len(piece)
     machine = Barred(TEXT)
-    assert machine.receive(option(Opt.GO, length=MAX_OPTION_SKIP)) == []
-    piece = bytes(1 << 20)
-    for _ in range(MAX_OPTION_SKIP // len(piece) - 1):
+    assert machine.receive(option(Opt.GO, length=length)) == []
+    for _ in range(length // len(piece) - 1):
         assert machine.receive(piece) == []
         assert len(machine._options.inbox) == 0
     assert said(machine.receive(piece)) == [Reply(Opt.GO, Rep.ERR_POLICY)]
+    with pytest.raises(PeerError, match="too many bytes"):
+        machine.receive(option(Opt.GO, length=len(piece) - 31))
     with pytest.raises(PeerError, match="bytes"):
-        machine.receive(option(Opt.GO, length=MAX_OPTION_SKIP + 1))
+        Barred(TEXT).receive(option(Opt.GO, length=MAX_OPTION_SKIP + 1))
+    with pytest.raises(PeerError, match="too many options"):
+        Barred(TEXT, Allowance(1, 99)).receive(2 * option(Opt.GO))
 
 
 def test_options_are_few() -> None:
     machine = Barred(TEXT)
-    assert len(machine.receive(option(Opt.LIST) * MAX_PLAIN_OPTIONS)) == MAX_PLAIN_OPTIONS
+    assert len(machine.receive(option(Opt.LIST) * BEFORE_TLS.options)) == BEFORE_TLS.options
     with pytest.raises(PeerError, match="too many options"):
         machine.receive(option(Opt.LIST))
 
@@ -134,7 +140,7 @@ def test_shutdown_goes_first() -> None:
 
 @given(
     options=st.lists(
-        st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=60)), max_size=MAX_PLAIN_OPTIONS
+        st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=60)), max_size=BEFORE_TLS.options
     ),
     shutdown=st.booleans(),
 )

@@ -8,9 +8,10 @@ from gateway.errors import PeerError, SessionEnd
 from gateway.nbd.constants import MAX_STRING, Opt, Rep
 from gateway.nbd.haggling import ExportPolicy, Haggling
 from gateway.nbd.negotiation import (
+    INSIDE_TLS,
     MAX_OPTION_DATA,
     MAX_OPTION_SKIP,
-    MAX_OPTIONS,
+    Allowance,
     Ask,
     Close,
     EnterTransmission,
@@ -95,10 +96,18 @@ def test_wrong_option_magic_ends_the_session() -> None:
 
 def test_options_are_many_but_not_without_end() -> None:
     front = Front()
-    for _ in range(MAX_OPTIONS):
+    for _ in range(INSIDE_TLS.options):
         assert front.say(option(99)) == [Reply(99, Rep.ERR_UNSUP)]
     with pytest.raises(PeerError, match="too many options"):
         front.say(option(99))
+
+
+def test_options_inside_tls_are_bounded_in_bytes_too() -> None:
+    assert INSIDE_TLS.octets > MAX_OPTION_SKIP + 16
+    machine = Haggling(ExportPolicy(), Allowance(9, 40), tls=True, no_zeroes=True)
+    assert said(machine.receive(option(99, b"12345678"))) == [Reply(99, Rep.ERR_UNSUP)]
+    with pytest.raises(PeerError, match="too many bytes of options"):
+        machine.receive(option(99, b"1"))
 
 
 def test_pipelined_options_are_answered_in_order() -> None:

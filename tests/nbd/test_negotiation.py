@@ -10,8 +10,9 @@ from gateway.errors import PeerError, SessionEnd
 from gateway.nbd.constants import Opt, Rep
 from gateway.nbd.haggling import ExportPolicy, Haggling
 from gateway.nbd.negotiation import (
+    BEFORE_TLS,
     MAX_OPTION_SKIP,
-    MAX_PLAIN_OPTIONS,
+    Allowance,
     Close,
     Effect,
     Greeted,
@@ -230,7 +231,7 @@ def test_option_of_more_than_32_mib_ends_the_session_on_its_header(
 
 def test_option_of_32_mib_is_skipped_without_being_stored() -> None:
     """(H3, CVE-2017-15119): the largest that is no attack."""
-    machine = PlainHaggling()
+    machine = PlainHaggling(Allowance(9, 2 * MAX_OPTION_SKIP))
     piece = bytes(1 << 20)
     assert machine.receive(option(Opt.INFO, length=MAX_OPTION_SKIP)) == []
     for _ in range(MAX_OPTION_SKIP // len(piece) - 1):
@@ -252,7 +253,7 @@ def test_no_option_data_is_stored_before_tls() -> None:
 def test_options_up_to_the_limit_keep_their_data_and_longer_ones_do_not() -> None:
     for pieces in all_cuts(option(7, b"1234") + option(8, b"12345") + option(9)):
         found: list[Option] = []
-        collect(Options(max_data=4, max_options=3), pieces, found)
+        collect(Options(max_data=4, allowance=Allowance(3, 57)), pieces, found)
         assert found == [Option(7, 4, b"1234"), Option(8, 5, b""), Option(9, 0, b"")]
 
 
@@ -261,14 +262,39 @@ def test_options_are_bounded_in_number() -> None:
     for pieces in all_cuts(option(1) + option(2, b"data") + option(3)):
         found: list[Option] = []
         with pytest.raises(PeerError, match="too many options"):
-            collect(Options(max_data=4, max_options=2), pieces, found)
+            collect(Options(max_data=4, allowance=Allowance(2, 99)), pieces, found)
         assert [one.number for one in found] == [1, 2]
 
 
 def test_options_before_tls_are_few() -> None:
     machine = PlainHaggling()
-    assert len(machine.receive(option(Opt.LIST) * MAX_PLAIN_OPTIONS)) == MAX_PLAIN_OPTIONS
+    assert len(machine.receive(option(Opt.LIST) * BEFORE_TLS.options)) == BEFORE_TLS.options
     with pytest.raises(PeerError, match="too many options"):
+        machine.receive(option(Opt.STARTTLS))
+
+
+def test_options_are_bounded_in_bytes() -> None:
+    """Headers count; an option that is one byte too long is not waited for."""
+    exact = 16 + 4 + 16 + 5
+    for pieces in all_cuts(option(7, b"1234") + option(8, b"12345")):
+        found: list[Option] = []
+        collect(Options(4, Allowance(9, exact)), pieces, found)
+        assert [one.number for one in found] == [7, 8]
+    for pieces in all_cuts(option(7, b"1234") + option(8, length=6)):
+        found = []
+        with pytest.raises(PeerError, match="too many bytes of options"):
+            collect(Options(4, Allowance(9, exact)), pieces, found)
+        assert [one.number for one in found] == [7]
+
+
+def test_options_before_tls_are_short() -> None:
+    machine = PlainHaggling()
+    with pytest.raises(PeerError, match="too many bytes"):
+        machine.receive(option(Opt.GO, length=BEFORE_TLS.octets - 15))
+    machine = PlainHaggling(Allowance(1, 16))
+    assert said(machine.receive(option(Opt.STARTTLS))) == [acked(Opt.STARTTLS), StartTLS()]
+    machine = PlainHaggling(Allowance(1, 15))
+    with pytest.raises(PeerError, match="too many bytes"):
         machine.receive(option(Opt.STARTTLS))
 
 

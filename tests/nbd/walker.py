@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gateway.nbd.constants import Chunk
 from gateway.nbd.pairing import Terms
-from gateway.nbd.transmission import Piece, Transmission
+from gateway.nbd.transmission import InFlightLimits, Piece, Transmission
 from tests.nbd.support import (
     CHUNK,
     CHUNK_MAGIC,
@@ -19,6 +19,7 @@ from tests.nbd.support import (
     parse_requests,
 )
 
+PLENTY = InFlightLimits(requests=1 << 20, payload=1 << 40)
 FRONT = 5  # bytes before, and behind, what a walk is given: it must not touch them
 
 
@@ -30,7 +31,7 @@ class Walker:
     """
 
     def __init__(self, terms: Terms) -> None:
-        self.machine = Transmission(terms)
+        self.machine = Transmission(terms, limits=PLENTY)
         self.upstream = bytearray()
         self.client = bytearray()
         self._from_client = b""

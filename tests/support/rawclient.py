@@ -231,8 +231,9 @@ def client_hello(context: ssl.SSLContext) -> bytes:
     return outgoing.read()
 
 
-def dial(uri: str) -> socket.socket:
-    """Connect to where the gateway said it listens. The caller closes."""
+def dial(uri: str, source: str | None = None) -> socket.socket:
+    """Connect to where the gateway said it listens; from an address of ours, if one is given (all
+    of 127.0.0.0/8 are). The caller closes."""
     parts = urlsplit(uri)
     if "unix" in parts.scheme:
         sock = socket.socket(socket.AF_UNIX)
@@ -244,6 +245,8 @@ def dial(uri: str) -> socket.socket:
         address = (host, parts.port or 10809)
     sock.settimeout(TIMEOUT_S)
     try:
+        if source is not None:
+            sock.bind((source, 0))
         sock.connect(address)
     except OSError:
         sock.close()
@@ -254,8 +257,8 @@ def dial(uri: str) -> socket.socket:
 class RawClient:
     """One connection. `ended` tells how the gateway closed it, once a read has met the end."""
 
-    def __init__(self, uri: str) -> None:
-        self.sock = dial(uri)
+    def __init__(self, uri: str, source: str | None = None) -> None:
+        self.sock = dial(uri, source)
         self.tls: ssl.SSLObject | None = None
         self.structured = False
         self.ended: str | None = None

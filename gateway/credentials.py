@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID as EKU
 
 from gateway.crls import CRL, choose
 from gateway.snapshot import File, Snapshot
@@ -68,6 +69,15 @@ class Own:
         return min(one.not_valid_after_utc for one in self.chain)
 
     @property
+    def not_before(self) -> datetime:
+        """When the last of them begins to be valid."""
+        return max(one.not_valid_before_utc for one in self.chain)
+
+    def is_valid(self, now: datetime) -> bool:
+        """By the dates of all of them. `now` is aware."""
+        return self.not_before <= now < self.not_after
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The DNS names and addresses that a client may know us by."""
         try:
@@ -101,6 +111,11 @@ def own(files: Snapshot) -> Own:
             raise files.cert.wrong(f"holds a certificate that cannot be used: {error}") from None
         if weak:
             raise files.cert.wrong(f"has a weak key: {weak}")
+    if not _is_for_servers(chain[0]):
+        raise files.cert.wrong(
+            "is no certificate of a TLS server (its extended key usage): every client would refuse "
+            "it; is it a client's?"
+        )
     key_pem, key_spki = _key(files.key, files.key_password)
     places = [index for index, one in enumerate(chain) if spki(one) == key_spki]
     if not places:
@@ -138,7 +153,14 @@ def clients(files: Snapshot, now: datetime) -> Clients | None:
         if not inside:
             raise files.crl.wrong("does not hold a CRL in PEM format")
         found += [(files.crl, pem) for pem in inside]
-    return Clients(cas, choose(found, cas, now))
+    crls = choose(found, cas, now)
+    if not any(_is_ca(ca) for ca in cas):
+        raise files.client_ca.wrong(
+            "holds no certificate of a CA, so nobody could enter: is it a server's or a client's?"
+        )
+    if all(ca.not_valid_after_utc < now for ca in cas):
+        raise files.client_ca.wrong("holds expired CAs only, so nobody could enter: renew them")
+    return Clients(cas, crls)
 
 
 def weakness(certificate: x509.Certificate) -> str:
@@ -164,6 +186,28 @@ def _check_extensions(certificate: x509.Certificate) -> None:
     spki(certificate)
     for _ in certificate.extensions:
         pass
+
+
+def _is_for_servers(certificate: x509.Certificate) -> bool:
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return True
+    return bool({EKU.SERVER_AUTH, EKU.ANY_EXTENDED_KEY_USAGE} & set(usage))
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    """Whether OpenSSL takes it for one: RFC 5280, basicConstraints and keyCertSign."""
+    extensions = certificate.extensions
+    try:
+        if not extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+            return False
+    except x509.ExtensionNotFound:  # of the old kind, if it has signed itself
+        return certificate.version is x509.Version.v1 and certificate.issuer == certificate.subject
+    try:
+        return extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    except x509.ExtensionNotFound:
+        return True
 
 
 def _blocks(file: File) -> tuple[Block, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ class Identity:
     uid: int | None = None  # of the process at the other end of a Unix socket, when it connected
     gid: int | None = None
     chain: tuple[Link, ...] = ()  # as verified, leaf first
+    expires: float = math.inf  # when the first certificate of the chain does, as time.time() has it
 
     @classmethod
     def of_chain(cls, ders: tuple[bytes, ...]) -> Identity:
@@ -181,6 +183,7 @@ def _identity(ders: tuple[bytes, ...]) -> Identity:
         twins=tuple(hashlib.sha256(twin).hexdigest() for twin in _twins(leaf, ders[0])),
         spki=hashlib.sha256(spki).hexdigest(),
         chain=tuple(_links((leaf, *others), ders)),
+        expires=min(one.not_valid_after_utc.timestamp() for one in (leaf, *others)),
     )
 
 

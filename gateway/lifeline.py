@@ -29,7 +29,7 @@ class Redial(Protocol):
     async def __call__(self, *, progress: bool) -> Channel | None:
         """A channel in transmission, as negotiated before; None: there will be none.
 
-        `progress`: the last one has answered something, so it was not in vain.
+        `progress`: the last one has answered something, or owed nothing: it was not in vain.
         """
 
     def resumed(self, requests: int, *, lost: bool) -> None:
@@ -127,7 +127,9 @@ class Lifeline:
         if self._hopeless:
             return False
         self.channel.close()
-        channel = await self._redial(progress=self._transmission.answered > self._answered)
+        transmission = self._transmission
+        in_vain = transmission.in_flight and transmission.answered == self._answered
+        channel = await self._redial(progress=not in_vain)
         if channel is None:
             return False
         channel.stall_s = self.channel.stall_s

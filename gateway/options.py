@@ -228,11 +228,6 @@ def _serving_options() -> Sequence[Option]:
             "all.",
         ),
         click.option(
-            "--user",
-            metavar="USER[:GROUP]",
-            help="Become this user once files are read and sockets bound.",
-        ),
-        click.option(
             "--log-level",
             type=click.Choice(["debug", "info", "warning", "error"]),
             default="info",

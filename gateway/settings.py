@@ -107,7 +107,6 @@ class Settings:
     config: Path | None = None  # where some of the rules are from, for messages
     limits: Limits = field(default_factory=Limits)
     reconnect_s: float = 0.0  # how long a lost upstream is dialled anew; 0: not at all
-    user: str | None = None  # USER[:GROUP] to become once files are read and sockets bound
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)

@@ -72,6 +72,8 @@ class Trust:
                 return Refusal.REVOKED
             if self.known_cas.get(identity.chain[-1].sha256) not in self.cas:
                 return Refusal.UNKNOWN_CA
+            if identity.expires <= datetime.now(UTC).timestamp():
+                return Refusal.EXPIRED
             # Below its CA, every issuer has to have a CRL if any has: so OpenSSL sees it as well.
             listed = {one.issuer for one in self.crls}
             if listed and any(one.issuer not in listed for one in identity.chain[:-1]):
@@ -81,8 +83,13 @@ class Trust:
     def concerns(self, now: datetime) -> Iterator[str]:
         """What is allowed, and yet will keep clients out: for the log. `now` is aware."""
         if self.own is not None:
-            end = self.own.not_after
-            if end <= now:
+            begin, end = self.own.not_before, self.own.not_after
+            if begin > now:
+                yield (
+                    f"our certificate is not valid before {begin:%Y-%m-%d %H:%M} UTC: clients will "
+                    "refuse it; is the clock right?"
+                )
+            elif end <= now:
                 yield f"our certificate expired on {end:%Y-%m-%d}: clients will refuse it"
             elif end - now < _SOON:
                 yield f"our certificate expires on {end:%Y-%m-%d}: renew it"
@@ -177,6 +184,13 @@ def _successor(trust: Trust, before: Trust) -> Trust:
     if before.cas is not None and trust.cas is None:
         raise SettingsError("--client-ca is gone: anonymous clients enter after a restart only")
     check_guards(guards_of(before), trust)
+    now = datetime.now(UTC)
+    if trust.own is not None and before.own is not None and before.own.is_valid(now):
+        if not trust.own.is_valid(now):
+            raise SettingsError(
+                "--cert: expired or not yet valid, so clients would refuse it, and the one in use "
+                "is good"
+            )
     return replace(trust, known_cas={**before.known_cas, **trust.known_cas})
 
 

@@ -85,7 +85,6 @@ class Rig:
     def comes_back(self) -> Peer:
         """There is another upstream to be dialled."""
         channel = self._new_upstream()
-        channel.stall_s = 1.0  # is to be that of the first
         self._dock_at(channel)
         self.dock.arrives(channel)
         return self.upstream

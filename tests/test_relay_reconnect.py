@@ -267,6 +267,9 @@ async def resending(lane: Lane, nursery: trio.Nursery) -> tuple[Rig, list[Reques
 async def test_lost_once_more_while_sending_again(lane: Lane, nursery: trio.Nursery) -> None:
     rig, asked = await resending(lane, nursery)
     third = await is_back(rig)
+    asked.append(write(4, 4))
+    await rig.client.ask(asked[-1])  # not into the payload that is being sent again
+    await wait_all_tasks_blocked()
     for one in asked:
         got = await third.request()
         assert same(got, one)

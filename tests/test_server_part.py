@@ -242,6 +242,12 @@ async def test_its_listeners_are_copies(
     assert not path.exists()
 
 
+async def is_true(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110  (said by a log line)
+            await trio.sleep(0.01)
+
+
 @pytest.mark.expects_error_log
 async def test_nobody_enters_by_one_that_has_fallen_behind(
     start: Start, clients: Clients, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -258,8 +264,7 @@ async def test_nobody_enters_by_one_that_has_fallen_behind(
     tls.cert.write_bytes(b"")
     try:
         worker.server.reload()
-        while "other workers have gone on to later files" not in caplog.text:
-            await trio.sleep(0.01)
+        await is_true(lambda: "other workers have gone on to later files" in caplog.text)
         assert worker.server._gate.is_shut
         client = clients.connect(worker.uri)
         await wait_all_tasks_blocked()
@@ -267,6 +272,5 @@ async def test_nobody_enters_by_one_that_has_fallen_behind(
     finally:
         tls.cert.write_bytes(content)
     worker.server.reload()
-    while not worker.server._sessions:
-        await trio.sleep(0.01)
+    await is_true(lambda: bool(worker.server._sessions))
     client.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import ssl
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,14 @@ def pem(key: object, *, password: bytes | None = None, form: str = "PKCS8") -> b
 
 
 def signed(
-    name: str, key: object, issuer: Credential | None, signer: object, *, ca: bool = False
+    name: str,
+    key: object,
+    issuer: Credential | None,
+    signer: object,
+    *,
+    ca: bool = False,
+    begin: datetime = NOW - DAY,
+    end: datetime = NOW + DAY,
 ) -> x509.Certificate:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
@@ -60,8 +68,8 @@ def signed(
         .issuer_name(subject if issuer is None else issuer.certificate.subject)
         .public_key(key.public_key())  # type: ignore[attr-defined]
         .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW - DAY)
-        .not_valid_after(NOW + DAY)
+        .not_valid_before(begin)
+        .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
     )
     return builder.sign(signer, hashes.SHA256())  # type: ignore[arg-type]
@@ -438,6 +446,59 @@ def test_broken_files_are_looked_at_once(files: Files, junk: bytes) -> None:
     files.put("ca-cert.pem", 40_000 * junk)
     with pytest.raises(SettingsError, match="is cut off"):
         load_trust(settings(files))
+
+
+def test_files_of_somebody_else(files: Files, client: Credential) -> None:
+    """Well-formed, and each a copy that went wrong: nobody could enter any more."""
+    good = (files.folder / "ca-cert.pem").read_bytes()
+    files.put("ca-cert.pem", (files.folder / "server-cert.pem").read_bytes())
+    with pytest.raises(SettingsError, match=r"^--client-ca: .* holds no certificate of a CA"):
+        load_trust(settings(files))
+    files.put("ca-cert.pem", good, client.cert_pem)
+    load_trust(settings(files))  # a CA among others is enough
+    files.put("server-cert.pem", client.cert_pem)
+    files.put("server-key.pem", client.key_pem)
+    with pytest.raises(SettingsError, match=r"^--cert: .* is no certificate of a TLS server"):
+        load_trust(settings(files))
+
+
+def test_cas_that_have_expired(files: Files) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    old = signed("old CA", key, None, key, ca=True, begin=NOW - 9 * DAY, end=NOW - DAY)
+    good = (files.folder / "ca-cert.pem").read_bytes()
+    pem = old.public_bytes(serialization.Encoding.PEM)
+    files.put("ca-cert.pem", pem)
+    with pytest.raises(SettingsError, match=r"^--client-ca: .* holds expired CAs only"):
+        load_trust(settings(files))
+    files.put("ca-cert.pem", pem, good)
+    load_trust(settings(files))
+
+
+@pytest.mark.parametrize("days", [(-9, -1), (1, 9)], ids=["expired", "not yet valid"])
+def test_certificate_of_ours_that_nobody_would_take(
+    files: Files, authority: CertificateAuthority, days: tuple[int, int]
+) -> None:
+    """At the start it is said; it does not take the place of a good one."""
+    first = load_trust(settings(files))
+    key = ec.generate_private_key(ec.SECP256R1())
+    root = Credential(authority.certificate, authority.key)
+    begin, end = (NOW + day * DAY for day in days)
+    bad = Credential(signed("localhost", key, root, authority.key, begin=begin, end=end), key)
+    files.put("server-key.pem", bad.key_pem)
+    files.put("server-cert.pem", bad.cert_pem)
+    (concern,) = load_trust(settings(files)).concerns(NOW)
+    assert "expired on" in concern or "is not valid before" in concern
+    with pytest.raises(SettingsError, match=r"^--cert: expired or not yet valid"):
+        load_trust(settings(files), None, first)
+
+
+def test_client_that_has_expired(files: Files, client: Credential) -> None:
+    trust = load_trust(settings(files))
+    who = enter(trust, files.client_context(client))
+    assert NOW.timestamp() < who.expires < (NOW + 9999 * DAY).timestamp()
+    assert trust.objection(who) is None
+    past = dataclasses.replace(who, expires=NOW.timestamp() - 1)
+    assert trust.objection(past) is Refusal.EXPIRED
 
 
 def test_sets_that_would_let_in_more_than_anybody_meant(

@@ -42,15 +42,11 @@ class _Entry:
         self.parts.append(data if data.obj is ZEROES.obj else bytes(data))
         self.count += len(data)
 
-    def behind(self, done: int) -> Iterator[bytes]:
-        """The bytes from `done` on, as far as they are here now, in slices."""
+    def slices(self) -> Iterator[bytes]:
+        """All of it, also what is added meanwhile."""
         for part in self.parts:
-            if done < len(part):
-                for at in range(done, len(part), _SLICE):
-                    yield bytes(part[at : at + _SLICE])
-                done = 0
-            else:
-                done -= len(part)
+            for at in range(0, len(part), _SLICE):
+                yield bytes(part[at : at + _SLICE])
 
 
 class Journal:
@@ -115,11 +111,6 @@ class Journal:
         """Cookies of what this upstream was sent and has not answered."""
         return frozenset(cookie for cookie, entry in self._entries.items() if entry.sent)
 
-    @property
-    def waiting(self) -> frozenset[int]:
-        """Cookies of what has been recorded and not answered."""
-        return frozenset(self._entries)
-
     def suspend(self) -> None:
         """From now on what is recorded waits for `again`, and an `again` under way ends."""
         self._live = False
@@ -145,22 +136,20 @@ class Journal:
         return self._again(self._upstreams)
 
     def _again(self, upstream: int) -> Iterator[bytes]:
-        last, done = 0, 0
-        entry: _Entry | None = None
+        last = 0
         while upstream == self._upstreams:
-            if entry is not None and done < entry.count:
-                for part in entry.behind(done):
-                    done += len(part)
-                    # As soon as somebody has begun to send its last bytes it may be done.
-                    entry.sent = done == entry.count and not (entry is self._last and self._left)
-                    yield part
-                    if upstream != self._upstreams:
-                        return
-                continue
             entry = next((one for one in self._entries.values() if one.number > last), None)
             if entry is None:
                 self._live = True
-                if self._left and self._last is not None:
+                if self._left:
+                    assert self._last is not None
                     self._last.sent = True  # what is still to come goes to this upstream as well
                 return
             last, done = entry.number, 0
+            for part in entry.slices():
+                done += len(part)
+                # As soon as somebody has begun to send its last bytes it may be done.
+                entry.sent = done == entry.count and not (entry is self._last and self._left)
+                yield part
+                if upstream != self._upstreams:
+                    return

@@ -274,6 +274,7 @@ class RequestWalk:
         if len(self._plans) >= MAX_PLANS or (has_data and self._crowds(request.length)):
             self._leave(request.length if has_data else 0)
             return _STOP
+        self._has_large |= has_data  # its parts are counted
         if request.kind == Cmd.READ:
             self._cut(at, behind)
             self._plans.read(request)

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.support.rawclient import (
 # Our own ERROR level, and what the interpreter itself complains about.
 FAULT = re.compile(r" (ERROR|CRITICAL) |Traceback|Exception ignored|ResourceWarning|never awaited")
 BOTH = C_FIXED | C_NO_ZEROES
+Client = TypeVar("Client", bound=RawClient)
 
 
 class Lab:
@@ -49,6 +51,10 @@ class Lab:
     def raw(self) -> RawClient:
         """Connected, nothing said yet."""
         return self._clients.enter_context(RawClient(self.gateway.uri))
+
+    def keep(self, client: Client) -> Client:
+        """One that a test made itself: closed at the end, too."""
+        return self._clients.enter_context(client)
 
     def plain(self, flags: int = BOTH) -> RawClient:
         """Past the greeting."""

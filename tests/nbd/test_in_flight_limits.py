@@ -150,12 +150,18 @@ def test_one_request_is_always_let_through(resumable: bool) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("order", [(1, 0), (0, 1)])
-def test_small_ones_beside_large_ones_are_counted(order: tuple[int, int], resumable: bool) -> None:
+def test_small_ones_beside_large_ones_are_counted(
+    order: tuple[int, int], apart: bool, resumable: bool
+) -> None:
     walk = Walk(InFlightLimits(1024, MIB), resumable=resumable)
     large, small = [read(0, MIB - 2048, 1)], [read(0, 1024, 10 + n) for n in range(6)]
     groups = (small, large)
-    walk.asks(*groups[order[0]], *groups[order[1]])
+    for group in order:  # at once, or one after the other
+        raw = groups[group]
+        walk.asks(*raw) if apart else walk.rest.extend(b"".join(raw))
+    walk.asks()
     lengths = [one.length for one in walk.machine._in_flight.requests.values()]
     assert sum(lengths) <= MIB
     assert len(lengths) == (3 if order == (1, 0) else 6)

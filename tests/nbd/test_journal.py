@@ -107,7 +107,7 @@ def test_what_is_answered_is_not_sent_again() -> None:
     book = Book()
     first, second, third = (book.sends(Cmd.WRITE, bytes([n]) * 4) for n in range(3))
     book.answers(second)
-    assert book.journal.waiting == {first, third}
+    assert set(book.journal._entries) == {first, third}
     assert book.again() == bytes(book.raw[:32] + book.raw[64:])
     book.journal.forget(first)
     book.journal.forget(first)
@@ -322,3 +322,12 @@ def test_fua_is_about_its_own_data_only() -> None:
     book.answers(book.sends(Cmd.WRITE, b"a"))
     book.answers(book.sends(Cmd.WRITE, b"b", FUA))
     assert book.loss()
+
+
+def test_nothing_is_sent_again_to_one_that_is_gone_already() -> None:
+    book = Book()
+    book.sends(Cmd.READ, length=8)
+    again = book.journal.again()
+    book.journal.suspend()
+    assert list(again) == []
+    assert not book.journal.open_at_upstream

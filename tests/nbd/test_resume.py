@@ -195,6 +195,18 @@ def test_read_in_chunks_and_holes_at_every_cut(style: Style, last: str) -> None:
 
 
 @CHUNKS
+def test_hole_is_zeroes_whatever_the_last_one_said_of_it(style: Style) -> None:
+    scene = Scene(style)
+    scene.ask(Cmd.READ, 0, 1024, cookie=1)
+    (one,) = scene.heard
+    scene.says(scene.data(one, b"old!" * 128, 0, done=False)).resumes()
+    scene.says(scene.data(one, b"new!" * 128, 512, done=False))
+    hole = frames.hole_payload(0, 512)
+    scene.says(scene.chunk(one, Chunk.OFFSET_HOLE, hole, done=True))
+    assert scene.told[1].data == bytes(512) + b"new!" * 128
+
+
+@CHUNKS
 def test_read_with_df_stays_one_piece(style: Style) -> None:
     scene = Scene(style)
     scene.ask(Cmd.READ, 0, 1024, cookie=1, flags=DF)
@@ -453,7 +465,7 @@ def test_nobody_comes_back(half: int) -> None:
     behind = [] if half else [simple(2, Error.ESHUTDOWN)]
     assert told == b"".join([simple(1, Error.ESHUTDOWN), *behind, *later])
     assert line.machine._journal is not None
-    assert not line.machine._journal.waiting, "payload that nobody will want"
+    assert not line.machine._journal._entries, "payload that nobody will want"
     line.asks(b"cd" if half else b"", read(0, 1, 9))
     last = [simple(2, Error.ESHUTDOWN)] if half else []
     assert line.client == b"".join([*last, simple(9, Error.ESHUTDOWN)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.nbd.constants import Cmd, CmdFlag, Error
-from tests.nbd.masked.frames import Style
+from tests.nbd.masked.frames import Ask, Style
 from tests.nbd.masked.setups import Mask
 from tests.nbd.resuming import Scene
 
@@ -89,6 +89,16 @@ def test_error_is_owed_across_another_loss_and_only_once(style: Style) -> None:
     assert scene.line.lost == [True, False, False]
     assert asks_and_gets(scene, Cmd.FLUSH, 2) == EIO
     assert asks_and_gets(scene, Cmd.FLUSH, 3) == 0
+
+
+@STYLES
+def test_writes_are_no_slower_behind_it(style: Style) -> None:
+    scene = written(style)
+    usual = scene.machine._rules.checked_flags
+    scene.resumes()
+    assert scene.machine._rules.checked_flags != usual
+    assert asks_and_gets(scene, Cmd.FLUSH, 2) == EIO
+    assert scene.machine._rules.checked_flags == usual
 
 
 @STYLES
@@ -254,3 +264,29 @@ def test_whoever_was_not_told_of_flush_or_fua_gets_no_error_either() -> None:
     assert asks_and_gets(scene, Cmd.WRITE, 2) == 0
     scene.ask(Cmd.FLUSH, cookie=3)
     assert scene.errors[3] in (Error.EINVAL, EIO)
+
+
+@STYLES
+@pytest.mark.parametrize("cut", [0, 1, 511])
+def test_only_the_first_of_those_that_come_together_fails(style: Style, cut: int) -> None:
+    """A FLUSH and a WRITE with FUA in one piece: the second is forwarded, with its payload."""
+    scene = written(style).resumes()
+    raws = []
+    for cookie, kind in ((2, Cmd.FLUSH), (3, Cmd.WRITE)):
+        keep = len(
+            Ask(kind, 0, 0 if kind == Cmd.FLUSH else 512, 0, bytes(512), cookie).pack(
+                extended=style is Style.EXTENDED
+            )
+        )
+        if kind == Cmd.FLUSH:
+            keep -= 512
+        raws.append(scene.ask(kind, cookie=cookie, flags=FUA * (kind == Cmd.WRITE), keep=keep))
+    raw = b"".join(raws)
+    scene.sends(raw[: len(raw) - cut])
+    scene.sends(raw[len(raw) - cut :])
+    assert scene.errors == {1: 0, 2: EIO}
+    (write,) = scene.heard
+    assert (write.kind, len(write.payload)) == (Cmd.WRITE, 512)
+    assert write.payload == raw[-512:]
+    scene.says(scene.success(write))
+    assert scene.errors[3] == 0

@@ -17,6 +17,7 @@ from tests.peers import people as rig
 from tests.peers.people import WRONG, People, behind_starttls, gnutls, openssl
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.gateway import Gateway
+from tests.support.peers import Client, nbdsh
 from tests.support.rawclient import (
     Opt,
     RawClient,
@@ -106,6 +107,7 @@ def test_who_may_open_nothing_is_told_so_inside_tls(
         assert "may not" not in program(
             port, people.certificates("writer"), version, option(Opt.ABORT)
         )
+        gateway.wait_log(": closed: client aborted", after=logged)  # not to be the next one's
     assert "closed: client not allowed (not_allowed: CN=stranger sha256:" in line
     assert " INFO " in line
 
@@ -232,3 +234,64 @@ def test_address_that_is_not_allowed(start: Callable[..., Gateway]) -> None:
         assert (
             "address_not_allowed" in gateway.wait_log(r".*address_not_allowed.*", after=logged)[0]
         )
+
+
+# ---------------------------------------------------------------- nbdsh
+
+SAYS_WHY = """
+h = nbd.NBD()
+h.set_uri_allow_local_file(True)
+try:
+    h.connect_uri(args["uri"])
+except nbd.Error as error:
+    report(why=error.string)
+"""
+
+
+def refused(client: Client) -> str:
+    """It wants to open the export, and does not get in. Returns what it has to say of that."""
+    return str(nbdsh(SAYS_WHY, client)["why"])
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize("who", WRONG)
+def test_nbdsh_is_refused(
+    start: Callable[..., Gateway],
+    people: People,
+    who: str,
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = start()
+    if version == "1.2":
+        monkeypatch.setenv("GNUTLS_SYSTEM_PRIORITY_FILE", str(people.gnutls_1_2))
+    logged = len(gateway.log())
+    printed = refused(Client(gateway.uri, people.certificates(who)))
+    assert "TLS" in printed
+    assert f"closed: TLS handshake failed ({who}: " in closed(gateway, logged)
+
+
+def test_nbdsh_without_a_right_to_anything(start: Callable[..., Gateway], people: People) -> None:
+    gateway = start("--allow", "cn=writer")
+    logged = len(gateway.log())
+    assert "policy prevents" in refused(Client(gateway.uri, people.certificates("stranger")))
+    assert "closed: client not allowed (not_allowed: CN=stranger" in closed(gateway, logged)
+
+
+def test_nbdsh_without_tls(start: Callable[..., Gateway]) -> None:
+    gateway = start()
+    logged = len(gateway.log())
+    assert refused(Client(gateway.uri.replace("nbds:", "nbd:")))
+    assert "plaintext_client" in closed(gateway, logged)
+
+
+def test_nbdsh_with_a_tls_that_is_too_old(
+    start: Callable[..., Gateway],
+    people: People,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = start("--tls-min", "1.3")
+    monkeypatch.setenv("GNUTLS_SYSTEM_PRIORITY_FILE", str(people.gnutls_1_2))
+    logged = len(gateway.log())
+    assert "TLS" in refused(Client(gateway.uri, people.certificates("writer")))
+    assert "closed: TLS handshake failed (tls_version: " in closed(gateway, logged)

@@ -232,6 +232,33 @@ SCENARIOS: dict[str, Callable[[Stage], Heard]] = {
 }
 
 
+# Words that no row is about, and why.
+ELSEWHERE = {
+    "probe": "it printed nothing: it did not ask",
+    "eof_before_hello": "its own doing",
+    "not_tls": "no NBD program",
+    "client_alert": "its own words come first",
+    "tls_error": "whatever else OpenSSL finds",
+    "resumed": "no NBD program resumes",
+    "timeout": "nobody waited",
+    "no_shared_cipher": "as tls_version; needs an odd configuration",
+    "weak_key": "as unknown_ca, with an alert of its own",
+    "bad_certificate": "as unknown_ca, with an alert of its own",
+    "no_crl": "ours: the gateway does not start so",
+    "crl_expired": "ours: said in the log at WARNING before it comes",
+    "crl_not_yet_valid": "ours: the gateway does not start so",
+    "no_psk": "README, Pre-shared keys",
+    "unknown_psk": "README, Pre-shared keys",
+    "too_many_clients": "README, Limits",
+    "handshake_rate": "README, Limits",
+}
+
+
+def test_no_word_is_forgotten() -> None:
+    assert {key for key in SCENARIOS if key.isidentifier()} | set(ELSEWHERE) == set(Refusal)
+    assert not set(SCENARIOS) & set(ELSEWHERE)
+
+
 def test_every_row_is_about_something_that_the_log_says() -> None:
     keys = [key for row in table() for key in row.keys]
     assert sorted(keys) == sorted(SCENARIOS)

@@ -159,6 +159,15 @@ class Writer:
                 self.pump()
             raise WriterFailed("the gateway does not end a session behind NBD_CMD_DISC")
 
+    def send_half(self) -> None:
+        """Begin a write, and send a part of it only. `close` or `reset` follows."""
+        self.wait()
+        request = self.submit(Cmd.WRITE, self._first, min(64, self._count))
+        assert request.count
+        del self._line.to_send[len(self._line.to_send) // 2 :]
+        while self._line.to_send:
+            self.pump()
+
     def _one_more(self) -> bool:
         source = self._random
         kind = source.choices(list(_MIX), list(_MIX.values()))[0]

@@ -175,8 +175,7 @@ class Relay:
             await self._forward(stream)
             while transmission.crowded:
                 if transmission.full:
-                    self._room = trio.Event()
-                    await self._room.wait()
+                    await self._wait_for_room()
                 stream.load()
                 await self._forward(stream)
             await self._leave_if_upstream_ends()
@@ -192,6 +191,18 @@ class Relay:
             await self._client_done(SessionEnd.CLIENT_LEFT)
             return True
         return False
+
+    async def _wait_for_room(self) -> None:
+        """Until the upstream has answered something. Nobody reads the client meanwhile, so nobody
+        else would notice that it has gone."""
+        self._room = trio.Event()
+        while True:
+            with trio.move_on_after(DISC_TIMEOUT_S):
+                await self._room.wait()
+                return
+            if self._client.hung_up:
+                self._end, self.detail = SessionEnd.CLIENT_LEFT, "its requests are not answered"
+                self._scope.cancel()
 
     async def _take_turn(self, requests: Stream) -> bool:
         """Do the work of both pumps for TURN_S, or until nothing comes for LOOK_S.

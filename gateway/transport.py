@@ -151,6 +151,13 @@ class Channel:
             self._sock.close()
 
     @property
+    def hung_up(self) -> bool:
+        """Whether the peer has shut its side, behind whatever it has sent before."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    @property
     def socket(self) -> socket.socket:
         """The socket, for options and addresses; not for bytes."""
         return self._sock
@@ -243,6 +250,7 @@ class TLSChannel(Channel):
                 count = read(room - filled, view[filled:])
                 if not count:  # close_notify
                     self.eof = True
+                    self._drained = False  # nothing more comes to wake who waits
                     break
                 filled += count
                 if not (probe or self._expects_more or count == RECORD or self._tls.pending()):
@@ -258,12 +266,11 @@ class TLSChannel(Channel):
             # of our writes is half done, OpenSSL 3.0 gives up instead, and the session ends.)
             self._drained = True
         except OSError as error:
+            self._drained = False  # the next call meets the end
             if _is_cut(error):
                 self.eof = self.truncated = True
             elif filled == 0:
                 raise ChannelClosed(_reason(error)) from error
-            else:
-                self._drained = False  # the next call meets the end
         self.bytes_read += filled
         return filled
 

@@ -48,7 +48,8 @@ TABLE = {
     "config": Layer("access settings errors limits", "msgspec"),
     "limits": Layer("errors"),
     "check": Layer(
-        "check.certs check.crl check.files check.keys check.report check.rules rule trust settings "
+        "certs check.certs check.crl check.files check.keys check.report check.rules rule trust "
+        "settings "
         "errors",
         "socket",
     ),

@@ -11,6 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from gateway import relay
 from gateway.errors import SessionEnd
+from gateway.nbd.transmission import InFlightLimits
 from tests import reconnect_rig
 from tests.reconnect_rig import Lane, Rig
 from tests.relay_rig import DISC, MIB, quietly, reads, same, write
@@ -232,6 +233,19 @@ async def test_cut_while_looking_whether_it_is_closed(lane: Lane) -> None:
 
 
 # ---------------------------------------------------------------- timeouts
+
+
+async def test_client_goes_with_its_window_full(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing more of it is read then, and the upstream answers nothing: it is noticed."""
+    monkeypatch.setattr(relay, "DISC_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(relay, "FINISH_TIMEOUT_S", 0.1)
+    rig = await lane(limits=InFlightLimits(3, MIB))
+    await rig.client.ask(*(write(8, n) for n in range(9)))
+    await wait_all_tasks_blocked()
+    rig.client.channel.close()
+    assert await rig.ended() == SessionEnd.CLIENT_LEFT
 
 
 async def test_idle_client_of_an_upstream_that_is_away(lane: Lane) -> None:

@@ -18,7 +18,7 @@ from cryptography import x509
 from gateway import reload, snapshot
 from gateway.access import ExportRules, Rule, Rules, parse_network
 from gateway.errors import SettingsError
-from gateway.pki import CertificateAuthority, Credential
+from gateway.pki import CRL_DAYS, CertificateAuthority, Credential
 from gateway.server import Server
 from gateway.settings import ListenTCP, Settings, TLSSettings
 from gateway.trust import Trust
@@ -241,6 +241,41 @@ async def test_on_revoke_keep(gateway, folder: Folder, clients: Clients) -> None
     await running.reload()
     await in_thread(read_works, stays)
     assert not await enters(clients, running.uri, bob)
+
+
+async def test_crl_that_runs_out_and_is_renewed(  # type: ignore[no-untyped-def]
+    gateway, folder: Folder, clients: Clients, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody enters while it is out of date; who is in stays in, and all is well again after."""
+    alice = folder.client("alice")
+    left = timedelta(seconds=5)
+    folder.crl(now=datetime.now(UTC) - CRL_DAYS * DAY + left)
+    running = await gateway()
+    client = await opened(clients, running.uri, alice)
+    with trio.fail_after(60):
+        while "crl_expired" not in caplog.text:  # noqa: ASYNC110
+            await enters(clients, running.uri, alice)
+            await trio.sleep(0.1)
+    assert not await enters(clients, running.uri, alice)
+    await in_thread(read_works, client)
+    folder.crl()
+    assert "now in use: new crl" in (await running.reload()).replace("--", "")
+    assert await enters(clients, running.uri, alice)
+    await in_thread(read_works, client)
+
+
+@pytest.mark.expects_error_log
+async def test_a_certificate_in_place_of_the_ca_changes_nothing(  # type: ignore[no-untyped-def]
+    gateway, folder: Folder, clients: Clients
+) -> None:
+    """`cp` of the wrong file: the session goes on, and others come in."""
+    alice = folder.client("alice")
+    running = await gateway()
+    client = await opened(clients, running.uri, alice)
+    folder.put("ca-cert.pem", (folder.path / "server-cert.pem").read_bytes())
+    assert (await running.reload()).startswith(REFUSED)
+    await in_thread(read_works, client)
+    assert await enters(clients, running.uri, alice)
 
 
 async def test_settings_that_need_a_restart(  # type: ignore[no-untyped-def]

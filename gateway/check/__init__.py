@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+from gateway.certs import CA_KEY
 from gateway.check import certs as check_certs
 from gateway.check import crl as check_crl
 from gateway.check.files import check_modes
@@ -148,6 +149,9 @@ def _check_modes(report: Report, settings: Settings) -> None:
     # What does not exist has been said, or is for the start to say.
     there = [path for path in _files(settings) if path.exists()]
     check_modes(report, there, [path for path in there if path in secret])
+    for folder in dict.fromkeys(path.parent for path in there):
+        if (key := folder / CA_KEY).exists():
+            report.warn(key, "the CA's key, by which anybody is let in: keep it on another machine")
 
 
 def _files(settings: Settings) -> list[Path]:

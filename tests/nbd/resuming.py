@@ -170,8 +170,9 @@ class Scene:
         one = Ask(kind, offset, length, flags, payload, cookie)
         self.eyes.expect(one)
         raw = one.pack(extended=self._extended)
-        self.sends(raw[: len(raw) - keep])
-        return raw[len(raw) - keep :]
+        sent = max(len(raw) - keep, 0)
+        self.sends(raw[:sent])
+        return raw[sent:]
 
     def sends(self, raw: bytes) -> None:
         self.line.asks(raw)

@@ -290,3 +290,21 @@ def test_only_the_first_of_those_that_come_together_fails(style: Style, cut: int
     assert write.payload == raw[-512:]
     scene.says(scene.success(write))
     assert scene.errors[3] == 0
+
+
+@STYLES
+def test_behind_the_one_that_fails_in_the_same_bytes(style: Style) -> None:
+    scene = written(style).resumes()
+    raw = b"".join(
+        scene.ask(Cmd.WRITE, 512 * n, cookie=10 + n, flags=FUA, keep=1 << 20) for n in range(3)
+    )
+    assert not scene.heard
+    scene.sends(raw[:-5])
+    assert scene.errors == {1: 0, 10: EIO}
+    assert scene.machine.mid_request
+    scene.sends(raw[-5:])
+    assert [one.offset for one in scene.heard] == [512, 1024]
+    assert [len(one.payload) for one in scene.heard] == [512, 512]
+    for one in scene.heard:
+        scene.says(scene.success(one))
+    assert scene.errors == {1: 0, 10: EIO, 11: 0, 12: 0}

@@ -48,7 +48,15 @@ KINDS: dict[str, Callable[[Bench, Path], Server]] = {
     "qemu-nbd": lambda bench, image: bench.qemu_nbd("-f", "raw", image),
     "nbd-server": lambda bench, image: bench.nbd_server(image, name="disk"),
 }
-SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+SIGNALS = pytest.mark.parametrize(
+    ("scene", "how"),
+    [
+        *((kind, signal.SIGKILL) for kind in KINDS),
+        ("qemu-nbd", signal.SIGTERM),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+    indirect=["scene"],
+)
 
 
 class Scene:
@@ -145,7 +153,7 @@ def hop(bench: Bench) -> Callable[[Scene], Client]:
 # ---------------------------------------------------------------- fio --verify
 
 
-@pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
+@SIGNALS
 def test_fio_verifies_across_restarts(
     scene: Scene, hop: Callable[[Scene], Client], how: signal.Signals, tmp_path: Path
 ) -> None:
@@ -198,7 +206,7 @@ def hit(scene: Scene, start: Callable[[], Job], how: signal.Signals) -> Job:
     raise AssertionError("it was over each time")
 
 
-@pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
+@SIGNALS
 def test_nbdcopy_to_the_disk(scene: Scene, picture: Path, how: signal.Signals) -> None:
     job = hit(scene, lambda: Job(scene, "nbdcopy", picture, scene.client.uri), how)
     done = job.done()
@@ -251,7 +259,7 @@ def test_qemu_img_convert(scene: Scene, picture: Path) -> None:
 # ---------------------------------------------------------------- our checker
 
 
-@pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
 def test_nothing_is_lost(scene: Scene, how: signal.Signals) -> None:
     """Three connections, two restarts: all that was acknowledged is there, and losses are told."""
     count = SIZE // SECTOR // 3

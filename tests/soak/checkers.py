@@ -60,7 +60,7 @@ class Scene:
         return findings
 
 
-@dataclass
+@dataclass(eq=False)
 class Checker:
     """One connection. `run` it in a thread; `stop` makes it end in its own way."""
 

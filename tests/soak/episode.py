@@ -72,7 +72,7 @@ class Episode:
         self._events: list[Event] = []
         self._threads: list[threading.Thread] = []
         self._count = 0
-        self._over = threading.Event()
+        self._checkers: set[Checker] = set()
         self.scene: Scene
 
     # -- its course
@@ -80,6 +80,7 @@ class Episode:
     def run(self, seconds: float) -> None:
         """What is wrong goes to the tally."""
         self._folder.mkdir()
+        before = len(self._tally.violations)
         self._tally.count(self._tally.episodes, self._kind)
         upstream = upstreams.start(self._kind, self._folder)
         try:
@@ -96,7 +97,7 @@ class Episode:
                 self._tally.add(checked=self.scene.checked, told=self.scene.told)
         finally:
             upstream.end()
-        if not self._tally.violations:
+        if len(self._tally.violations) == before:
             shutil.rmtree(self._folder)
 
     def _work(self, until: float) -> None:
@@ -110,7 +111,8 @@ class Episode:
                 due = time.monotonic() + self._source.expovariate(1.5)
             self._look_after_server()
             time.sleep(0.05)
-        self._over.set()
+        for checker in list(self._checkers):
+            checker.stop()
         deadline = time.monotonic() + _HANG_S
         while any(thread.is_alive() for thread in self._threads):
             self._look_after_server()
@@ -238,6 +240,7 @@ class Episode:
     def _check(self, checker: Checker, expected: bool) -> None:
         began = time.monotonic()
         kind, tally = "checker", self._tally
+        self._checkers.add(checker)
         try:
             findings = checker.run()
         except _CONNECT as error:
@@ -249,6 +252,8 @@ class Episode:
         except Exception as error:
             tally.violation(f"{self._kind}: {kind}: {error!r}")
             return
+        finally:
+            self._checkers.discard(checker)
         tally.add(verified=checker.verified)
         self._judge(findings)
         # A server that is restarted is no excuse here: the session has to outlive it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from tests.soak import upstreams
 from tests.soak.authority import Authority
@@ -24,24 +25,33 @@ from tests.soak.watching import Sample, WatchedGateway, versions
 from tests.support.peers import wait_until
 
 CLIENTS: Final = ("alice", "bob", "carol")
-_LIVES: Final = 4
-_LIFE_S: Final = (4.0, 900.0)
-_EPISODE_S: Final = (4.0, 30.0)
+_LIFE_S: Final = 900.0  # of a gateway, at the most
+_EPISODE_S: Final = (3.0, 30.0)
 _KEEP_S: Final = 10.0  # between two samples that are kept
-_QUIET_S: Final = 40.0  # for sessions whose clients have been killed to come to their ends
 
 # What a process may hold more, with no clients, than when it was first quiet and warm. Descriptors
 # and tasks: nothing. Memory: the allocators of C and Python give pages back late and in part, and
 # each episode leaves them in another order.
 SLACK_RSS_KIB: Final = 16 << 10
-SLACK_OBJECTS: Final = 3000
+SLACK_OBJECTS: Final = 1000
 
 
 class Soak:
     """`run` it once."""
 
-    def __init__(self, seconds: float, seed: int, *, out: Any = sys.stderr) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        seed: int,
+        *,
+        out: TextIO = sys.stderr,
+        lives: int = 2,
+        quiet_s: float = 40.0,
+    ) -> None:
+        """`lives`: of gateways, at the least. `quiet_s`: for sessions whose clients have been
+        killed to come to their ends."""
         self.seconds, self.seed = seconds, seed
+        self._lives, self._quiet_s = lives, quiet_s
         self.tally = Tally()
         self.folder = Path(tempfile.mkdtemp(prefix="nbd-soak-"))
         self.samples: list[Sample] = []
@@ -61,12 +71,10 @@ class Soak:
         try:
             self._prepare()
             kinds = itertools.cycle(upstreams.KINDS)
-            life_s = min(max(self.seconds / _LIVES, _LIFE_S[0]), _LIFE_S[1])
-            for number in itertools.count():
+            lives = max(self._lives, math.ceil(self.seconds / _LIFE_S))
+            for number in range(lives):
                 left = self._began + self.seconds - time.monotonic()
-                if number and left < _EPISODE_S[0] / 2:
-                    break
-                self._live(number, 1 + number % 2, min(life_s, left), kinds)
+                self._live(number, 1 + number % 2, left / (lives - number), kinds)
         except Exception as error:
             self.tally.violation(f"the soak itself: {error!r}")
             raise
@@ -115,7 +123,8 @@ class Soak:
             *("--workers", str(workers), "--reconnect", "120", "--reload-interval", "3"),
             began=self._began,
         )
-        with gateway:
+        gateway.start()
+        try:
             self._gateway = gateway
             base = self._counted(gateway)
             quiet: list[Sample] = []
@@ -129,6 +138,8 @@ class Soak:
             self._judge_memory(quiet)
             self._gateway = None
             self._end(gateway, number)
+        finally:
+            gateway.kill()
 
     def _episode(self, name: str, kind: str, seconds: float) -> None:
         assert self._gateway is not None
@@ -177,7 +188,7 @@ class Soak:
                 return seen.descriptors <= allowed.descriptors and seen.tasks <= allowed.tasks
 
             try:
-                wait_until(is_quiet, "it to be quiet", _QUIET_S)
+                wait_until(is_quiet, "it to be quiet", self._quiet_s)
             except AssertionError:
                 self.tally.violation(f"not quiet: {last} where {allowed} was to be")
             found += last

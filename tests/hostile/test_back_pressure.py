@@ -1,0 +1,170 @@
+"""Peers that do not take their bytes: each costs a bounded buffer, and goes on where it was.
+
+What is bounded is the memory that is resident, and how many bytes are taken from the one side while
+the other takes none: buffers of sockets (a few MiB), and one of the gateway's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from tests.hostile.conftest import Lab
+from tests.hostile.duplex import Duplex, narrow, push
+from tests.hostile.session import Session
+from tests.support.fake_upstream import MIB, Link, Script, pattern, simple
+from tests.support.rawclient import TIMEOUT_S, Cmd, Request, tls_context
+
+ROOM_KIB = 8 << 10  # for a buffer of 512 KiB each way, and what the allocator makes of it
+IN_SOCKETS = 16 * MIB  # the kernel's own buffers on loopback, at their largest
+
+
+class Waiting(Script):
+    """Takes nothing in transmission until it is told to."""
+
+    def __init__(self, **changes: object) -> None:
+        super().__init__(**changes)
+        self.go = threading.Event()
+
+    def transmit(self, link: Link) -> None:
+        assert self.go.wait(4 * TIMEOUT_S)
+        super().transmit(link)
+
+
+def measured(lab: Lab) -> Callable[[], int]:
+    """How many KiB more were resident at the most since now."""
+    lab.forget_peak()
+    before = lab.peak_kib()
+    return lambda: lab.peak_kib() - before
+
+
+def test_upstream_takes_nothing(lab: Lab, witness: Session) -> None:
+    """A client writes 96 MiB at it. What fits in sockets and a buffer is taken, and no more."""
+    script = lab.fake.script = Waiting(size=128 * MIB)
+    session = lab.session(structured=False)
+    writes = [
+        Request(Cmd.WRITE, MIB * i, MIB, i + 1, payload=pattern(MIB * i, MIB)) for i in range(48)
+    ]
+    said = b"".join(one.pack() for one in writes)
+    grown = measured(lab)
+    left = push(session.client, said)
+    assert len(said) - len(left) < IN_SOCKETS
+    for _ in range(20):
+        witness.check()
+    assert grown() < ROOM_KIB
+    lab.assert_idle()
+    for one in writes:
+        session.expect(one)
+    script.go.set()
+    session.client.sock.sendall(left)
+    for _ in writes:
+        assert session.collect().error == 0
+    session.disc()
+    link = lab.fake.wait_end(1)
+    assert [one.payload == pattern(one.offset, MIB) for one in link.requests[:-1]] == [True] * 48
+
+
+def test_upstream_gives_nothing(lab: Lab, witness: Session) -> None:
+    """Reads wait at no cost, and are answered in the end."""
+    script = lab.fake.script = Waiting(size=128 * MIB)
+    session = lab.session()
+    grown = measured(lab)
+    for number in range(64):
+        session.submit(Cmd.READ, MIB * number, MIB)
+    for _ in range(20):
+        witness.check()
+    assert grown() < ROOM_KIB
+    lab.assert_idle()
+    script.go.set()
+    for _ in range(64):
+        answer = session.collect()
+        assert answer.error == 0
+        assert answer.data == pattern(answer.request.offset, MIB)
+    session.disc()
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+def test_client_takes_nothing(lab: Lab, witness: Session, structured: bool) -> None:
+    """It asks for 64 MiB, then for nothing, then reads them: all there, in order, whole."""
+    lab.fake.script = Script(size=128 * MIB, structured=structured)
+    session = lab.session(structured=structured)
+    grown = measured(lab)
+    for number in range(64):
+        session.submit(Cmd.READ, MIB * number, MIB)
+    for _ in range(50):
+        witness.check()
+    assert grown() < ROOM_KIB
+    assert lab.fake.links[1].sent < 64 * MIB, "all of it was taken: nothing was full"
+    lab.assert_idle()
+    for number in range(64):
+        answer = session.collect()
+        assert answer.error == 0
+        assert answer.request.offset == MIB * number
+        assert answer.data == pattern(MIB * number, MIB)
+    session.disc()
+
+
+def test_client_writes_and_takes_no_answer(lab: Lab, witness: Session) -> None:
+    """Answers of 16 bytes, by the hundred thousand: it is made to wait, and then has them all."""
+    session = lab.session(structured=False)
+    narrow(session.client.sock, 4096)
+    count = 60_000
+    said = b"".join(
+        Request(Cmd.WRITE, 0, 8, cookie, payload=pattern(0, 8)).pack() for cookie in range(count)
+    )
+    grown = measured(lab)
+    left = push(session.client, said)
+    for _ in range(20):
+        witness.check()
+    assert grown() < ROOM_KIB
+    sender = threading.Thread(target=session.client.sock.sendall, args=(left,), daemon=True)
+    sender.start()  # these are sealed already: the reader has TLS to itself
+    got = session.client.recv_exactly(16 * count)
+    sender.join(TIMEOUT_S)
+    assert not sender.is_alive()
+    assert got == b"".join(simple(cookie) for cookie in range(count))
+    session.disc()
+
+
+class Narrow(Script):
+    """Little room in its sockets; and it takes no request while an answer is not gone."""
+
+    def __init__(self, **changes: object) -> None:
+        super().__init__(**changes)
+        self.disk: dict[int, bytes] = {}
+
+    def transmit(self, link: Link) -> None:
+        narrow(link._sock, 4096)
+        super().transmit(link)
+
+    def requested(self, link: Link, request: Request) -> None:
+        if request.cmd == Cmd.WRITE:
+            self.disk[request.offset] = request.payload
+        super().requested(link, request)
+
+
+@pytest.mark.parametrize("only_1_2", [False, True], ids=["1.3", "1.2"])
+def test_both_directions_are_full(lab: Lab, witness: Session, only_1_2: bool) -> None:
+    """32 MiB each way, writes and reads of 1 MiB in turns, with small buffers everywhere."""
+    script = lab.fake.script = Narrow(size=64 * MIB)
+    client = lab.plain()
+    narrow(client.sock, 1 << 16)
+    client.start_tls(tls_context(lab.pki, only_1_2=only_1_2))
+    client.go()
+    requests = []
+    for number in range(32):
+        at, cookie = MIB * number, 2 * number
+        requests.append(Request(Cmd.WRITE, at, MIB, cookie, payload=pattern(at + 5, MIB)))
+        requests.append(Request(Cmd.READ, 32 * MIB + at, MIB, cookie + 1))
+    grown = measured(lab)
+
+    def holds(request: Request, data: bytes) -> bool:
+        return request.cmd == Cmd.WRITE or data == pattern(request.offset, MIB)
+
+    Duplex(client).exchange(requests, 64, holds)
+    assert grown() < ROOM_KIB
+    assert script.disk == {MIB * i: pattern(MIB * i + 5, MIB) for i in range(32)}
+    client.send(Request(Cmd.DISC).pack())
+    assert client.recv_to_end() == b""

@@ -253,7 +253,7 @@ async def test_crl_that_runs_out_and_is_renewed(  # type: ignore[no-untyped-def]
     running = await gateway()
     client = await opened(clients, running.uri, alice)
     with trio.fail_after(60):
-        while "crl_expired" not in caplog.text:  # noqa: ASYNC110
+        while "crl_expired" not in caplog.text:
             await enters(clients, running.uri, alice)
             await trio.sleep(0.1)
     assert not await enters(clients, running.uri, alice)

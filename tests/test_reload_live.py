@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests import workers_rig
-from tests.support.fake_upstream import FakeUpstream
+from tests.support.fake_upstream import FakeUpstream, simple
 from tests.support.gateway import Gateway
 from tests.support.peers import wait_until
-from tests.support.rawclient import PeerClosedError, RawClient, tls_context
+from tests.support.rawclient import (
+    SIMPLE,
+    Cmd,
+    PeerClosedError,
+    RawClient,
+    Request,
+    tls_context,
+)
 from tests.test_reload import Folder
 from tests.workers_rig import Crew, leave, opened, read_works
 
@@ -34,7 +41,7 @@ def flags(folder: Folder, fake: FakeUpstream) -> tuple[str | Path, ...]:
 
 
 class Load:
-    """Clients that read all the time, each in a thread of its own; none may ever fail."""
+    """Clients that read and write all the time, each in a thread of its own; none may ever fail."""
 
     def __init__(self, clients: list[RawClient]) -> None:
         self._stop = threading.Event()
@@ -51,6 +58,8 @@ class Load:
         try:
             while not self._stop.is_set():
                 read_works(client, 512 * (1 + self.done[index] % 8))
+                client.send(Request(Cmd.WRITE, 0, 512, cookie=9, payload=bytes(512)).pack())
+                assert client.recv_exactly(SIMPLE.size) == simple(9)
                 self.done[index] += 1
         except BaseException as error:
             self.failures.append(error)
@@ -76,10 +85,12 @@ class Load:
 def test_nobody_under_load_notices(
     workers: int, folder: Folder, fake: FakeUpstream, stack: ExitStack
 ) -> None:
-    """New certificate, new CRL, another client revoked: a hundred others go on reading."""
+    """New certificate, CRL and rules, another client revoked: a hundred others go on."""
     alice, bob = folder.client("alice"), folder.client("bob")
     gateway = Gateway if workers == 1 else Crew
-    more = ("--workers", str(workers), "--max-connections", "120")
+    rules = folder.path.parent / "rules.toml"
+    rules.write_text('allow = ["cn=alice", "cn=bob"]\n')
+    more = ("--workers", str(workers), "--max-connections", "120", "--config", str(rules))
     more += ("--limit", "clients-per-identity=0")
     with gateway(*flags(folder, fake), *more, "--reload-interval", "0") as running:
         clients = [stack.enter_context(opened(running, alice)) for _ in range(CLIENTS)]
@@ -88,6 +99,8 @@ def test_nobody_under_load_notices(
         load.go_on()
         for count in range(1, 6):
             folder.server()
+            if count == 2:
+                rules.write_text('allow = ["cn=alice", "cn=bob"]\ndeny = ["cn=carol"]\n')
             if count == 3:
                 folder.crl(folder.credential(bob))
             os.kill(running.pid, signal.SIGHUP)

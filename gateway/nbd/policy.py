@@ -152,8 +152,8 @@ def agree(
 def _bounded(sizes: BlockSizes, policy: ExportPolicy) -> BlockSizes:
     if not policy.replaceable or sizes.maximum <= MAX_UNADVERTISED_PAYLOAD:
         return sizes
-    maximum = max(MAX_UNADVERTISED_PAYLOAD, sizes.preferred)
-    return BlockSizes(sizes.minimum, sizes.preferred, maximum)
+    preferred = min(sizes.preferred, MAX_UNADVERTISED_PAYLOAD)  # both are powers of 2
+    return BlockSizes(sizes.minimum, preferred, MAX_UNADVERTISED_PAYLOAD)
 
 
 def _told_flags(

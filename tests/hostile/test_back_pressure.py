@@ -41,11 +41,11 @@ def measured(lab: Lab) -> Callable[[], int]:
 
 
 def test_upstream_takes_nothing(lab: Lab, witness: Session) -> None:
-    """A client writes 96 MiB at it. What fits in sockets and a buffer is taken, and no more."""
+    """A client writes 24 MiB at it. What fits in sockets and a buffer is taken, and no more."""
     script = lab.fake.script = Waiting(size=128 * MIB)
     session = lab.session(structured=False)
     writes = [
-        Request(Cmd.WRITE, MIB * i, MIB, i + 1, payload=pattern(MIB * i, MIB)) for i in range(48)
+        Request(Cmd.WRITE, MIB * i, MIB, i + 1, payload=pattern(MIB * i, MIB)) for i in range(24)
     ]
     said = b"".join(one.pack() for one in writes)
     grown = measured(lab)
@@ -63,7 +63,7 @@ def test_upstream_takes_nothing(lab: Lab, witness: Session) -> None:
         assert session.collect().error == 0
     session.disc()
     link = lab.fake.wait_end(1)
-    assert [one.payload == pattern(one.offset, MIB) for one in link.requests[:-1]] == [True] * 48
+    assert [one.payload == pattern(one.offset, MIB) for one in link.requests[:-1]] == [True] * 24
 
 
 def test_upstream_gives_nothing(lab: Lab, witness: Session) -> None:
@@ -88,12 +88,12 @@ def test_upstream_gives_nothing(lab: Lab, witness: Session) -> None:
 @pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
 def test_client_takes_nothing(lab: Lab, witness: Session, structured: bool) -> None:
     """It asks for 64 MiB, then for nothing, then reads them: all there, in order, whole."""
-    lab.fake.script = Script(size=128 * MIB, structured=structured)
+    lab.fake.script = Script(size=64 * MIB, structured=structured)
     session = lab.session(structured=structured)
     grown = measured(lab)
     for number in range(64):
         session.submit(Cmd.READ, MIB * number, MIB)
-    for _ in range(50):
+    for _ in range(20):
         witness.check()
     assert grown() < ROOM_KIB
     assert lab.fake.links[1].sent < 64 * MIB, "all of it was taken: nothing was full"
@@ -109,8 +109,8 @@ def test_client_takes_nothing(lab: Lab, witness: Session, structured: bool) -> N
 def test_client_writes_and_takes_no_answer(lab: Lab, witness: Session) -> None:
     """Answers of 16 bytes, by the hundred thousand: it is made to wait, and then has them all."""
     session = lab.session(structured=False)
-    narrow(session.client.sock, 4096)
-    count = 60_000
+    narrow(session.client.sock, 1 << 16)
+    count = 100_000
     said = b"".join(
         Request(Cmd.WRITE, 0, 8, cookie, payload=pattern(0, 8)).pack() for cookie in range(count)
     )

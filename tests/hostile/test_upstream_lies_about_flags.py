@@ -10,7 +10,7 @@ import pytest
 from tests.hostile.conftest import Lab
 from tests.hostile.session import Session
 from tests.support.fake_upstream import ALL_FEATURES, MIB, Link, Script
-from tests.support.rawclient import Cmd, Err, Info, Opt, Request, Rep, Tf, info_data
+from tests.support.rawclient import Cmd, Err, Info, Opt, Rep, Request, Tf, info_data
 
 FEATURES = {
     Cmd.FLUSH: Tf.SEND_FLUSH,

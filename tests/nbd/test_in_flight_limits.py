@@ -228,7 +228,7 @@ def test_several_connections_are_not_one_where_upstreams_are_replaced(
         (BlockSizes(1, 4096, 0xFFFFFFFF), 32 * MIB),
         (BlockSizes(512, 4096, 64 * MIB), 32 * MIB),
         (BlockSizes(512, 4096, MIB), MIB),
-        (BlockSizes(1, 64 * MIB, 128 * MIB), 64 * MIB),
+        (BlockSizes(1, 64 * MIB, 128 * MIB), 32 * MIB),
     ],
 )
 def test_payload_that_would_have_to_be_kept_has_a_bound(sizes: BlockSizes, told: int) -> None:
@@ -238,6 +238,7 @@ def test_payload_that_would_have_to_be_kept_has_a_bound(sizes: BlockSizes, told:
         policy = ExportPolicy("", replaceable=replaceable)
         agreed = agree(policy, granted, name="", replies=replies, contexts=())
         assert agreed.block_sizes.maximum == (told if replaceable else sizes.maximum)
+        assert agreed.block_sizes.preferred <= agreed.block_sizes.maximum
 
 
 def test_answers_are_counted() -> None:

@@ -42,13 +42,13 @@ demo: .venv/.installed ## write and read a disk through the gateway, over TLS, i
 	@echo "==> nbd-gateway demo --self-test"
 	.venv/bin/nbd-gateway demo --self-test
 
-test: check .venv/.test-installed ## everything: check, 100 % branches of gateway/nbd, all tests
+test: check .venv/.test-installed ## everything: check, 100 % branches of gateway/nbd, all other tests
 	@tests/peers/install
 	echo "==> coverage of gateway/nbd by tests/nbd alone"
 	.venv/bin/coverage run -m pytest -q tests/nbd
 	.venv/bin/coverage report
-	echo "==> all tests"
-	.venv/bin/python -m pytest
+	echo "==> all other tests"
+	.venv/bin/python -m pytest --ignore tests/nbd
 
 check: .venv-check/.installed ## formatting, lint and types; changes nothing
 	@echo "==> ruff format --check, ruff check, mypy --strict gateway"

@@ -33,7 +33,7 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check bench bench-quick bench-idle bench-layers interop-matrix clean
+.PHONY: help demo test check bench bench-quick bench-idle bench-layers interop-matrix soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,11 @@ bench-layers: .venv/.installed ## what each layer of the data plane costs, in tw
 interop-matrix: .venv/.test-installed ## every client in front of every server; the table in README.md
 	@tests/peers/install
 	.venv/bin/python -m tests.interop.matrix
+
+SOAK_SECONDS ?= 3600
+soak: .venv/.test-installed ## real clients, kills, restarts, reloads, for SOAK_SECONDS (3600); all data verified
+	@tests/peers/install
+	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS)
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

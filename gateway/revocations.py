@@ -14,7 +14,10 @@ _HEAD: Final = (
     "# Revoked: serial number, since when, and whose it was. `certs revoke` adds to it.\n"
 )
 _WHEN: Final = "%Y-%m-%dT%H:%M:%SZ"
-_LINE: Final = re.compile(r"(0x[0-9a-f]{1,40}) (\S+)(?: (.*))?")  # RFC 5280: up to 20 bytes
+# A serial number has up to 20 bytes (RFC 5280); a time is only what `record_of` would write again.
+_LINE: Final = re.compile(
+    r"(0x[0-9a-f]{1,40}) ([1-9][0-9]{3}-\d\d-\d\dT\d\d:\d\d:\d\dZ)(?: (.*))?", re.ASCII
+)
 
 
 class Entry(NamedTuple):

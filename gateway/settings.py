@@ -234,7 +234,7 @@ def parse_listen(text: str) -> Listen:
             raise SettingsError(f"--listen {text}: {host!r} is not an IPv6 address")
     elif _is_v6(host):
         raise SettingsError(f"--listen {text}: an IPv6 address goes in brackets: [{host}]:{port}")
-    elif ":" in host or "[" in host:
+    elif any(char in host for char in ":[]"):
         colon = ""
     if not colon or not (
         port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16

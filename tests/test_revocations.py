@@ -58,3 +58,11 @@ def test_comments_and_blank_lines_are_passed_over() -> None:
 def test_a_line_that_is_not_understood(line: bytes) -> None:
     with pytest.raises(PkiError, match=r"^revoked, line 2: not a serial number and a time as in"):
         parse_record(b"# comment\n" + line, PATH)
+
+
+@pytest.mark.parametrize(
+    "when", ["0030-01-01T02:00:00Z", "2030-1-1T2:0:0Z", "+2030-01-01T02:00:00Z"]
+)
+def test_a_time_that_would_not_be_written_back_alike(when: str) -> None:
+    with pytest.raises(PkiError, match="line 1: not a serial number and a time"):
+        parse_record(f"0x2 {when}\n".encode(), Path("revoked"))

@@ -76,6 +76,7 @@ def test_forms_of_listen(text: str, listen: Listen) -> None:
         *("localhost:65536", "localhost:99999", ":99999", "[::1]:99999"),
         *("localhost:\u0661", "localhost:\u00b2", "localhost:1_0", "localhost:0x10"),
         "UNIX:/run/nbd.sock",
+        *("]:0", "a]:1", "[:0"),
     ],
 )
 def test_no_port(text: str) -> None:

@@ -19,6 +19,12 @@ def nobody_dials(lab: Lab) -> object:
     assert lab.fake.connects == 0
 
 
+def so_far(lab: Lab) -> int:
+    """How much has been logged; nobody else's end will be, from here on."""
+    lab.settled_fds()
+    return len(lab.gateway.log())
+
+
 def said(lab: Lab, logged: int) -> str:
     return lab.gateway.wait_log(r": closed: (.*); \d+ bytes in", after=logged)[1]
 
@@ -37,7 +43,7 @@ def test_every_option_and_then_some(lab: Lab) -> None:
 
 def test_options_without_end(lab: Lab) -> None:
     """No more than before TLS: one answer is enough."""
-    logged = len(lab.gateway.log())
+    logged = so_far(lab)
     client = lab.tls()
     client.try_send(1000 * option(Opt.LIST))
     assert client.recv_to_end().count(struct.pack(">QI", 0x3E889045565A9, Opt.LIST)) <= 32
@@ -61,8 +67,7 @@ def test_huge_option_is_not_stored(lab: Lab, number: int) -> None:
 
 
 def test_no_more_than_a_mebibyte_of_options(lab: Lab) -> None:
-    lab.settled_fds()  # nobody else's end is logged from here on
-    logged = len(lab.gateway.log())
+    logged = so_far(lab)
     client = lab.tls()
     client.send(option(Opt.GO, length=1 << 20))
     assert client.recv_to_end() == b""
@@ -70,7 +75,7 @@ def test_no_more_than_a_mebibyte_of_options(lab: Lab) -> None:
 
 
 def test_option_too_large_to_skip(lab: Lab) -> None:
-    logged = len(lab.gateway.log())
+    logged = so_far(lab)
     client = lab.tls()
     client.send(struct.pack(">QII", IHAVEOPT, Opt.GO, (32 << 20) + 1))
     assert client.recv_to_end() == b""
@@ -78,7 +83,7 @@ def test_option_too_large_to_skip(lab: Lab) -> None:
 
 
 def test_requests_instead_of_options(lab: Lab) -> None:
-    logged = len(lab.gateway.log())
+    logged = so_far(lab)
     client = lab.tls()
     client.send(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, 512))
     assert client.recv_to_end() == b""
@@ -89,7 +94,7 @@ def test_requests_instead_of_options(lab: Lab) -> None:
 @pytest.mark.parametrize("answers", [0, 1, 8])
 def test_leaving_at_any_time(lab: Lab, how: str, answers: int) -> None:
     base = lab.settled_fds()
-    logged = len(lab.gateway.log())
+    logged = so_far(lab)
     client = lab.tls()
     client.send(8 * option(Opt.LIST))
     for _ in range(answers):

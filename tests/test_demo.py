@@ -24,6 +24,7 @@ from gateway import demo, selftest
 from gateway.errors import ListenError, SettingsError
 from gateway.memory_upstream import Disk, MemoryUpstream
 from gateway.nbd.constants import TransmissionFlag
+from gateway.pki import CertificateAuthority
 from gateway.selftest import DemoError
 from gateway.server import Server
 from gateway.settings import ListenTCP, Settings, TLSSettings
@@ -377,9 +378,12 @@ def anybody(cert: Path, key: Path, client_ca: Path) -> TLSSettings:
 
 
 def with_another_certificate(cert: Path, key: Path, client_ca: Path) -> TLSSettings:
-    """The client's in the server's place."""
-    client = [cert.with_name(f"client-{what}.pem") for what in ("cert", "key")]
-    return TLSSettings(*client, client_ca)
+    """One of a CA that no client knows."""
+    other = CertificateAuthority.create("another CA").issue_server(["localhost", "127.0.0.1"])
+    files = [cert.with_name(f"other-{what}.pem") for what in ("cert", "key")]
+    for file, pem in zip(files, (other.cert_pem, other.key_pem), strict=True):
+        file.write_bytes(pem)
+    return TLSSettings(*files, client_ca)
 
 
 def no_tls(cert: Path, key: Path, client_ca: Path) -> None:
@@ -390,7 +394,7 @@ def no_tls(cert: Path, key: Path, client_ca: Path) -> None:
     ("sabotage", "reason"),
     [
         (anybody, "'refuse': a client without a certificate got in: Granted"),
-        (with_another_certificate, "'connect': the gateway's certificate: unsuitable"),
+        (with_another_certificate, "'connect': the gateway's certificate: unable to get"),
         (no_tls, "'connect': STARTTLS was refused: NBD_REP_ERR_POLICY"),
     ],
 )

@@ -33,7 +33,7 @@ $(@D)/bin/python -m pip install -qq --disable-pip-version-check $(1) || {
 touch $@
 endef
 
-.PHONY: help demo test check bench bench-quick bench-idle bench-layers interop-matrix soak clean
+.PHONY: help demo test check bench bench-quick bench-idle bench-memory bench-layers interop-matrix soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,13 +42,14 @@ demo: .venv/.installed ## write and read a disk through the gateway, over TLS, i
 	@echo "==> nbd-gateway demo --self-test"
 	.venv/bin/nbd-gateway demo --self-test
 
+TEST_JOBS ?= 2
 test: check .venv/.test-installed ## everything: check, 100 % branches of gateway/nbd, all other tests
 	@tests/peers/install
 	echo "==> coverage of gateway/nbd by tests/nbd alone"
 	.venv/bin/coverage run -m pytest -q tests/nbd
 	.venv/bin/coverage report
 	echo "==> all other tests"
-	.venv/bin/python -m pytest --ignore tests/nbd
+	.venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --ignore tests/nbd
 
 check: .venv-check/.installed ## formatting, lint and types; changes nothing
 	@echo "==> ruff format --check, ruff check, mypy --strict gateway"
@@ -68,6 +69,9 @@ bench-idle: .venv/.installed ## what 10 000 idle clients cost, in five minutes
 	@tests/peers/install
 	@.venv/bin/python -m tests.bench.idle
 
+bench-memory: .venv/.installed ## what greedy clients make the gateway hold, beside README's formula, in two minutes
+	@.venv/bin/python -m tests.bench.memory
+
 bench-layers: .venv/.installed ## what each layer of the data plane costs, in two minutes
 	@.venv/bin/python -m tests.bench.layers
 
@@ -79,6 +83,10 @@ SOAK_SECONDS ?= 3600
 soak: .venv/.test-installed ## real clients, kills, restarts, reloads, for SOAK_SECONDS (3600); all data verified
 	@tests/peers/install
 	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS)
+
+FUZZ_SECONDS ?= 3600
+fuzz: .venv/.test-installed ## coverage-guided inputs for all that is parsed, for FUZZ_SECONDS (3600), on two cores
+	.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs 2
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

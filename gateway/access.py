@@ -89,11 +89,24 @@ def parse_network(flag: str, text: str) -> Network:
             raise ValueError("no zone (%...) in it: addresses are compared without")
         network = ipaddress.ip_network(text)
     except ValueError as wrong:
+        if (meant := _meant(text)) is not None:
+            raise SettingsError(
+                f"{flag} {text}: it has host bits set: the network is {meant.network}, the one "
+                f"address {meant.ip}; write which is meant"
+            ) from None
         raise SettingsError(f"{flag} {text}: {wrong}; write 192.0.2.0/24 or 2001:db8::1") from None
     mapped = isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped
     if mapped and network.prefixlen >= 96:  # IPv4 clients are looked for under their own addresses
         return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
     return network
+
+
+def _meant(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface | None:
+    """An address of a network, written with the length of that network's prefix."""
+    try:
+        return None if "%" in text else ipaddress.ip_interface(text)
+    except ValueError:
+        return None
 
 
 def _any(rules: Iterable[Rule], identity: Identity) -> bool:

@@ -1,13 +1,15 @@
 """The command line: commands, logging, exit codes.
 
 Exit codes: 0 after an orderly end, 1 for a failure, 2 for wrong usage (a flag, or a file that a
-flag names).
+flag names). A gateway ends in order by SIGTERM and SIGINT, also while it starts; other commands
+that are interrupted have not done what they were to do: 128 and the number of the signal.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import signal
 import sys
 from typing import Any, Final, NoReturn
 
@@ -15,9 +17,11 @@ import click
 import trio
 
 import gateway
+from gateway import signals
 from gateway.errors import GatewayError, SettingsError
 from gateway.flags import rereader, settings_of
 from gateway.options import serve_options
+from gateway.privileges import no_core_dumps
 from gateway.serve import run_gateway
 
 logger = logging.getLogger(__name__)
@@ -57,12 +61,7 @@ def cli(context: click.Context, /, **flags: Any) -> None:
     if context.invoked_subcommand is None:
         _serve(**flags)
         return
-    given = [
-        name
-        for name in flags
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    ]
-    if given:
+    if given := _given(context):
         flag = "--" + given[0].replace("_", "-")
         raise click.UsageError(f"{flag} goes behind the command: {context.invoked_subcommand}")
 
@@ -139,6 +138,7 @@ def demo(*, self_test: bool, upstream_socket: str | None, listen: str, log_level
     from gateway.demo import run  # not needed to serve
 
     _log_to_stderr(log_level)
+    signals.hold()  # until it receives them
     trio.run(
         functools.partial(
             run, click.echo, self_test=self_test, upstream=upstream_socket, listen=listen
@@ -149,33 +149,63 @@ def demo(*, self_test: bool, upstream_socket: str | None, listen: str, log_level
 def main() -> NoReturn:
     """The `nbd-gateway` command."""
     try:
+        signals.interrupt()
+        try:
+            code = _outcome()
+        finally:
+            signals.ignore()
+    except signals.Interrupted as interrupted:
+        code = interrupted.code
+    sys.exit(code)
+
+
+def _outcome() -> int:
+    """The exit code."""
+    try:
+        no_core_dumps()  # whatever command: each may come to hold a key
         code = cli.main(prog_name="nbd-gateway", standalone_mode=False)
     except click.Abort:
-        sys.exit(1)
+        return 1
     except click.ClickException as wrong:
         wrong.show()
-        sys.exit(wrong.exit_code)
+        return wrong.exit_code
     except SettingsError as wrong:
-        _fail(str(wrong), 2)
+        return _failed(wrong, 2)
     except GatewayError as failed:
-        _fail(str(failed), 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)  # of context.exit(); a command returns None
+        return _failed(failed, 1)
+    return code if isinstance(code, int) else 0  # of context.exit(); a command returns None
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"nbd-gateway: error: {message}", err=True)
-    sys.exit(code)
+def _failed(error: GatewayError, code: int) -> int:
+    click.echo(f"nbd-gateway: error: {error}", err=True)
+    return code
 
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
 
 
+def _given(context: click.Context) -> list[str]:
+    """The options that were, by their names."""
+    default = click.core.ParameterSource.DEFAULT
+    return [name for name in context.params if context.get_parameter_source(name) is not default]
+
+
 def _serve(*, log_level: str, **flags: Any) -> None:
+    if not _given(click.get_current_context()):
+        raise SettingsError(
+            "what is to be served? Say --socket PATH (the NBD server's Unix socket), and --tls-dir "
+            "DIR or --cert, --key and --client-ca\n"
+            "Try `nbd-gateway demo`, which shows it at work, or `nbd-gateway --help`"
+        )
     _log_to_stderr(log_level)
-    settings = settings_of(**flags)
-    if not run_gateway(settings, click.echo, rereader(settings, flags)):
+    signals.hold(signal.SIGHUP)  # a reload, and the files are only being loaded
+    try:
+        settings = settings_of(**flags)
+        drained = run_gateway(settings, click.echo, rereader(settings, flags))
+    except signals.Interrupted as interrupted:
+        logger.info("%s: ending, before anybody was served", interrupted)
+        return
+    if not drained:
         logger.warning("sessions had to be cut")
         sys.exit(1)

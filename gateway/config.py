@@ -6,6 +6,7 @@ The rules of the flags are added to its rules; a bound that a flag sets is not a
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import stat
@@ -56,6 +57,7 @@ _EXPORT, _LIMITS = "export", "limits"
 _ANYBODY: Final = "*"
 _KEYS: Final = [one.encode_name for one in msgspec.structs.fields(_File)]
 _EXPORT_KEYS: Final = [one.encode_name for one in msgspec.structs.fields(_Export)]
+_LISTS: Final = frozenset({*_KEYS, *_EXPORT_KEYS}) - {_EXPORT, _LIMITS, "name"}
 # Where an empty list may stand: there it can mean one thing only.
 _MAY_BE_EMPTY: Final = frozenset({"deny", "deny-from"})
 
@@ -132,7 +134,7 @@ def _read(path: Path) -> Mapping[str, Any]:
                 raise SettingsError(f"--config: {path} is no regular file")
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"--config: cannot read {path}: {error.strerror}") from None
+        raise SettingsError(f"--config: cannot read {path}: {error.strerror}") from error
     if len(content) > _MAX_BYTES:
         raise SettingsError(f"--config: {path} has more than {_MAX_BYTES} bytes")
     try:
@@ -160,5 +162,7 @@ def _mistakes_in(table: Mapping[str, Any], known: Collection[str], place: str) -
             near = difflib.get_close_matches(key.lower().replace("_", "-"), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"keys here are {', '.join(known)}"
             yield f"{where}: unknown key; {hint}"
+        elif isinstance(value, str) and key in _LISTS:
+            yield f"{where}: a list is needed, also for one: {key} = [{json.dumps(value)}]"
         elif value == [] and key not in _MAY_BE_EMPTY:
             yield f"{where}: an empty list: does it mean nobody, or everybody? Leave the key out"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -21,9 +22,11 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID as EKU
 
 from gateway.crls import CRL, choose
+from gateway.identity import shown
 from gateway.snapshot import File, Snapshot
 
 MIN_RSA, MIN_EC = 2048, 256  # bits; NIST SP 800-57: 112 bits of security, and our own floor
+NAMELESS: Final = "certificate without a subject"
 _MAX_PASSWORD: Final = 1024  # bytes; more is not the file that was meant
 
 # One block at a time is parsed, and that block is what OpenSSL gets: two parsers that see different
@@ -161,6 +164,27 @@ def clients(files: Snapshot, now: datetime) -> Clients | None:
     if all(ca.not_valid_after_utc < now for ca in cas):
         raise files.client_ca.wrong("holds expired CAs only, so nobody could enter: renew them")
     return Clients(cas, crls)
+
+
+def signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether names and signature fit. Dates and extensions are other matters."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def disorder(chain: Sequence[x509.Certificate]) -> str:
+    """Where a chain is not one that a client can follow; empty: nowhere."""
+    for number, (one, issuer) in enumerate(pairwise(chain), 1):
+        if not signed_by(one, issuer):
+            names = [shown(each.subject.rfc4514_string() or NAMELESS) for each in (one, issuer)]
+            return (
+                f"certificate {number} ({names[0]}) is not signed by the next one ({names[1]}): "
+                "the server's own first, then each one's issuer"
+            )
+    return ""
 
 
 def weakness(certificate: x509.Certificate) -> str:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import trio
 
-from gateway import certs
+from gateway import certs, signals
 from gateway.errors import GatewayError, SettingsError
 from gateway.memory_upstream import MemoryUpstream, new_disk
 from gateway.selftest import MIB, DemoError, Say, Scene, SelfTest, in_units
@@ -68,9 +68,10 @@ async def run(
     try:
         # From before the directory exists until after it is gone. While the gateway serves, it
         # takes SIGINT and SIGTERM itself, as it does without the demo.
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as came:
+            signals.release()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on, signals, stop)
+                nursery.start_soon(_cancel_on, came, stop)
                 with _temporary_directory() as folder:
                     await _run_in(folder, say, self_test, upstream or disks(), address, stop)
                 nursery.cancel_scope.cancel()
@@ -97,8 +98,8 @@ def _loopback(listen: str) -> ListenTCP:
     )
 
 
-async def _cancel_on(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for _ in signals:
+async def _cancel_on(came: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in came:
         scope.cancel()
 
 

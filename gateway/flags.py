@@ -53,6 +53,7 @@ def settings_of(
     drain_timeout: float,
     limit: tuple[str, ...],
     reconnect: float,
+    user: str | None,
 ) -> Settings:
     """Flags, and the file that `--config` names, to Settings. Raises SettingsError."""
     if socket is None:
@@ -99,6 +100,7 @@ def settings_of(
         config=config,
         limits=Limits.of(limit, file.limits),
         reconnect_s=reconnect,
+        user=user,
         **more,
     )
 

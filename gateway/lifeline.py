@@ -132,7 +132,7 @@ class Lifeline:
         channel = await self._redial(progress=not in_vain)
         if channel is None:
             return False
-        channel.stall_s = self.channel.stall_s
+        channel.stall_s, channel.while_stuck = self.channel.stall_s, self.channel.while_stuck
         self.channel = channel
         lost = self._transmission.resume()
         self._answered = self._transmission.answered

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -65,29 +66,37 @@ class Listeners:
 
     @classmethod
     def open(
-        cls, addresses: Iterable[Listen], *, local_only: bool, environ: Mapping[str, str]
+        cls,
+        addresses: Iterable[Listen],
+        *,
+        local_only: bool,
+        environ: Mapping[str, str],
+        drop: Callable[[], None] = lambda: None,
     ) -> Self:
         """Open all or none. `local_only` admits loopback and Unix sockets only.
 
-        Raises ListenError, and SettingsError for an address that `local_only` forbids.
+        `drop` gives privileges up. Only ports need them: it is called once these are bound, so a
+        socket file belongs to who has to remove it at the end.
+        Raises what `drop` raises, ListenError, and SettingsError for an address that `local_only`
+        forbids.
         """
+        wanted = list(enumerate(addresses))
+        found: dict[int, Listener] = {}
         with ExitStack() as opened:
-            listeners = []
-            for address in addresses:
-                match address:
-                    case ListenTCP():
-                        listener = _open_tcp(address, local_only=local_only)
-                    case ListenUnix(path):
-                        listener = _open_unix(path)
-                    case ListenSystemd(name):
-                        listener = _from_systemd(name, environ)
-                opened.callback(listener.close)
-                if local_only:
-                    for sock in listener.sockets:
-                        _check_local(sock)
-                listeners.append(listener)
+            for files in (False, True):
+                for place, address in wanted:
+                    if isinstance(address, ListenUnix) is not files:
+                        continue
+                    listener = _open(address, environ, local_only=local_only)
+                    opened.callback(listener.close)
+                    if local_only:
+                        for sock in listener.sockets:
+                            _check_local(sock)
+                    found[place] = listener
+                if not files:
+                    drop()
             opened.pop_all()
-            return cls(listeners)
+            return cls([found[place] for place, _ in wanted])
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +124,16 @@ class Listeners:
         """One NBD URI per address that is listened on."""
         names = list(names)
         return [uri for one in self._listeners for uri in one.uris(export, names, tls=tls)]
+
+
+def _open(address: Listen, environ: Mapping[str, str], *, local_only: bool) -> Listener:
+    match address:
+        case ListenTCP():
+            return _open_tcp(address, local_only=local_only)
+        case ListenUnix(path):
+            return _open_unix(path)
+        case ListenSystemd(name):
+            return _from_systemd(name, environ)
 
 
 def _open_tcp(address: ListenTCP, *, local_only: bool) -> Listener:
@@ -190,6 +209,8 @@ def _open_unix(path: str) -> Listener:
         why = error.strerror
         if error.errno == errno.EADDRINUSE:
             why = "the file exists; if no other server uses it, remove it"
+        elif error.errno == errno.EACCES:
+            why = f"user {os.geteuid()} may not make a file there: make the folder that user's"
         raise ListenError(f"cannot listen on unix:{path}: {why}") from error
     return Listener([sock], unlink=os.path.abspath(path), _inode=_inode(path))
 
@@ -206,17 +227,18 @@ def _from_systemd(name: str | None, environ: Mapping[str, str]) -> Listener:
     for index in range(int(count)):
         if name is not None and (index >= len(names) or names[index] != name):
             continue
-        sockets.append(_adopt(_FIRST_FD + index))
+        sockets.append(_adopt(_FIRST_FD + index, behind=_FIRST_FD + int(count)))
     if not sockets:
         wanted = f" named {name!r}" if name else ""
         raise ListenError(f"--listen systemd: none of the sockets handed over{wanted}")
     return Listener(sockets)
 
 
-def _adopt(fd: int) -> socket.socket:
+def _adopt(fd: int, behind: int) -> socket.socket:
+    """Our copy of it, numbered `behind` or later: none of those that are still to be looked at."""
     try:
         os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=os.dup(fd))
+        sock = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, behind))
         listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
         raise ListenError(f"--listen systemd: descriptor {fd}: {error.strerror}") from error

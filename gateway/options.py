@@ -228,6 +228,11 @@ def _serving_options() -> Sequence[Option]:
             "all.",
         ),
         click.option(
+            "--user",
+            metavar="USER[:GROUP]",
+            help="Become this user once files are read and ports bound, for good. Needs root.",
+        ),
+        click.option(
             "--log-level",
             type=click.Choice(["debug", "info", "warning", "error"]),
             default="info",

@@ -1,7 +1,8 @@
 """The data plane: two pumps over two channels, one session's transmission phase.
 
 A pump waits without a buffer, borrows one when bytes have come, moves as many as there are, lets
-`Transmission` walk them, and sends the result in one go. Knows no flags, certificates or options.
+`Transmission` walk them, and sends the result in one go, by an `Outlet` or a `ReplyPath`. When to
+move what, and when it is over, is decided here. Knows no flags, certificates or options.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from typing import Final, TypeVarTuple
 
 import trio
 
-from gateway.buffers import Stream, arrange, send_pieces
+from gateway.buffers import Stream
 from gateway.errors import ChannelClosed, PeerError, SessionEnd
 from gateway.lifeline import Redial
 from gateway.nbd.transmission import Transmission
 from gateway.outlet import LAST_WORD_TIMEOUT_S, Outlet
+from gateway.reply_path import ReplyPath
 from gateway.transport import Channel, look
 from gateway.turns import LOOK_S, MANY, OTHERS, TURN_S, Luck, attention
 
 Args = TypeVarTuple("Args")
 
 DISC_TIMEOUT_S: Final = 30.0  # how long requests may stay unanswered after the client's DISC
+GONE_S: Final = 1.0  # how often to look, where nobody reads the client, whether it is there
 LOST_TIMEOUT_S: Final = 30.0  # how long a client may stay once its upstream is gone
 FINISH_TIMEOUT_S: Final = 5.0  # for what the upstream still sends to a client that is gone
 
@@ -46,12 +49,11 @@ class Relay:
         `idle_s`: how long a client may ask for nothing.
         """
         self._client = client
+        upstream.while_stuck = self._leave_if_client_is_gone
         self._transmission = transmission
         self._outlet = Outlet(upstream, transmission, redial)
         self._idle_s = idle_s
-        # Held from the start of a message to its end, not always by one task; and for good if the
-        # message is cut, for what came next would be taken for the rest of it.
-        self._client_writer = trio.Semaphore(1, max_value=1)
+        self._replies = ReplyPath(client, upstream, transmission)
         self._room = trio.Event()  # the upstream has answered something
         self._nursery: trio.Nursery | None = None
         self._luck = (Luck(), Luck())  # with requests in flight, and without
@@ -59,10 +61,6 @@ class Relay:
         self._end = SessionEnd.SHUTDOWN
         self.detail = ""
         self._shutting_down = False
-        self._replies = Stream(upstream)
-        self._unsent: list[bytes | memoryview] = []  # of the replies that were taken last
-        self._all_sent = trio.Event()
-        self._taken = 0  # bytes of what was read from the upstream
         self._upstream_over = False  # it will send no more, or nothing that is of use
 
     async def run(self, first: bytes = b"") -> SessionEnd:
@@ -103,7 +101,7 @@ class Relay:
                 await self._discard_replies()
             raise
         finally:
-            self._replies.give_back()
+            self._replies.stream.give_back()
 
     @property
     def upstream(self) -> Channel:
@@ -142,12 +140,12 @@ class Relay:
             ended = await self._take_requests(stream)
             if alone and not ended:
                 stream.keep(True)
-                self._replies.keep(True)
+                self._replies.stream.keep(True)
                 try:
                     ended = await self._take_turn(stream)
                 finally:
                     stream.keep(False)
-                    self._replies.keep(False)
+                    self._replies.stream.keep(False)
 
     async def _until_client_asks(self) -> None:
         if self._idle_s == math.inf:
@@ -196,13 +194,23 @@ class Relay:
         """Until the upstream has answered something. Nobody reads the client meanwhile, so nobody
         else would notice that it has gone."""
         self._room = trio.Event()
+        hopeless_from = trio.current_time() + DISC_TIMEOUT_S
         while True:
-            with trio.move_on_after(DISC_TIMEOUT_S):
+            with trio.move_on_after(min(GONE_S, DISC_TIMEOUT_S)):
                 await self._room.wait()
                 return
-            if self._client.hung_up:
-                self._end, self.detail = SessionEnd.CLIENT_LEFT, "its requests are not answered"
-                self._scope.cancel()
+            self._leave_if_client_is_gone()
+            if trio.current_time() >= hopeless_from and self._client.hung_up:
+                self._leave_unanswered()
+
+    def _leave_if_client_is_gone(self) -> None:
+        """Called where nobody reads the client. What is passed on may still be done."""
+        if self._client.gone:
+            self._leave_unanswered()
+
+    def _leave_unanswered(self) -> None:
+        self._end, self.detail = SessionEnd.CLIENT_LEFT, "its requests are not answered"
+        self._scope.cancel()
 
     async def _take_turn(self, requests: Stream) -> bool:
         """Do the work of both pumps for TURN_S, or until nothing comes for LOOK_S.
@@ -258,9 +266,7 @@ class Relay:
         if transmission.follow_ups_due:
             self._wake_follow_ups()
         if replies := transmission.take_local_replies():
-            await _begin(self._client_writer)
-            await self._client.send_all(replies)
-            self._client_writer.release()
+            await self._replies.say(replies)
 
     def _wake_follow_ups(self) -> None:
         """Either pump may have made requests of our own."""
@@ -268,24 +274,29 @@ class Relay:
         self._outlet.wake_follow_ups(self._nursery)
 
     async def _client_done(self, end: SessionEnd) -> None:
-        """The client will send no more. Let what is in flight be answered, for a while."""
+        """The client will send no more. Let what is in flight be answered, for a while.
+
+        Not if nobody is there to take the answers: what TLS does not end is cut, on both ways.
+        """
         outlet = self._outlet
         gone = outlet.gone.is_set() or (self._upstream_over and not outlet.replaceable)
         left = outlet.has_left and self._transmission.upstream_ends
         self._end = SessionEnd.UPSTREAM_LOST if gone or left else end
         if self._end is SessionEnd.CLIENT_LEFT and self._client.truncated:
             self.detail = "connection cut without an end of TLS"
-        if self._idle or self._transmission.mid_payload:
+        has_left = end is SessionEnd.CLIENT_LEFT
+        if self._idle or self._transmission.mid_payload or (has_left and self._client.truncated):
             return
         self._shutting_down = True
-        self._replies.keep(False)  # this may be in a turn, and take long
+        self._replies.stream.keep(False)  # this may be in a turn, and take long
         with trio.move_on_after(DISC_TIMEOUT_S):
-            await trio.sleep_forever()  # ended by _end_if_idle
+            while not (has_left and self._client.gone):  # noqa: ASYNC110  (nobody else looks)
+                await trio.sleep(GONE_S)  # ended by _end_if_idle
 
     @property
     def _idle(self) -> bool:
         """Whether every request is answered, and the answers are out of our hands."""
-        return self._transmission.idle and bool(self._client_writer.value)
+        return self._transmission.idle and self._replies.free
 
     def _end_if_idle(self) -> None:
         if self._shutting_down and self._idle and not self._transmission.mid_payload:
@@ -294,104 +305,66 @@ class Relay:
     # -- upstream to client
 
     async def _pump_replies(self) -> None:
-        await self._pump_replies_of(self._replies)
+        await self._pump_replies_of(self._outlet.channel)
         while await self._replace_upstream():
-            await self._pump_replies_of(self._replies)
+            await self._pump_replies_of(self._outlet.channel)
         await self._lose_upstream()
 
-    async def _pump_replies_of(self, stream: Stream) -> None:
+    async def _pump_replies_of(self, upstream: Channel) -> None:
         """Up to the end of this upstream."""
+        replies = self._replies
         while not self._upstream_over:
-            await stream.channel.readable()
+            await upstream.readable()
             if not attention.undivided(self):
                 await self._let_others_go_first()
-            await self._until_all_is_sent()
+            await replies.until_all_is_sent()  # the other pump may have taken some
             if self._upstream_over:
                 break
             if not self._transmission.mid_reply:
-                await _begin(self._client_writer)
-            self._take_replies(stream)
-            await self._send_unsent(stream)
-        await self._until_all_is_sent()
+                await replies.begin()
+            self._take_replies(upstream)
+            await self._send_replies()
+        await replies.until_all_is_sent()
 
-    async def _until_all_is_sent(self) -> None:
-        """If the other pump took replies and could not send them at once: these come first."""
-        while self._unsent:  # it may do so again before this task has its turn
-            await self._all_sent.wait()
-
-    def _take_replies(self, stream: Stream) -> None:
-        """Read and walk what the upstream has sent. Its part for the client is `_unsent` then.
-
-        The client's writer has to be held.
-        """
+    def _take_replies(self, upstream: Channel) -> None:
+        """Take what the upstream has sent, and look what it means for the session."""
         transmission = self._transmission
-        self._taken = 0
         try:
-            count = stream.read(at_least=transmission.wanted, probe=False)
+            count = self._replies.take()
         except ChannelClosed as closed:
             self.detail, self._upstream_over = str(closed), True
             return
         if count:
-            self._taken, pieces = transmission.replies(stream.buffer, 0, stream.held)
-            self._unsent = arrange(stream.buffer, pieces) if pieces else []
             if transmission.follow_ups_due:
                 self._wake_follow_ups()
             self._room.set()
             if transmission.upstream_fault:
                 self.detail, self._upstream_over = transmission.upstream_fault.what, True
-        if stream.channel.eof:
+        if upstream.eof:
             self._upstream_over = True
         if transmission.upstream_leaves and self._outlet.hold_back():
             self._upstream_over = True
 
-    async def _send_unsent(self, stream: Stream) -> None:
+    async def _send_replies(self) -> None:
         """Send what was taken last, and look whether that was all."""
-        try:
-            for unit in self._unsent:
-                await self._client.send_all(unit)
-        finally:  # what is walked is never walked again, also if the client did not get it
-            stream.done_with(self._taken)
-        self._all_is_sent()
+        await self._replies.send()
         if not self._upstream_over:
             await self._leave_if_upstream_ends()
         self._end_if_idle()
 
     def _return_at_once(self) -> bool:
         """Do what the other pump does, if that needs no waiting. False: it has to go on."""
-        transmission, stream, client = self._transmission, self._replies, self._client
-        if self._unsent or self._upstream_over:
+        upstream = self._outlet.channel
+        if self._upstream_over or not self._replies.begin_now():
             return False
-        if not transmission.mid_reply:
-            if not self._client_writer.value:
-                return False
-            self._client_writer.acquire_nowait()
-        self._take_replies(stream)
-        handed_over = False
-        try:
-            for index, unit in enumerate(self._unsent):
-                sent = client.send_now(unit)
-                if sent < len(unit):
-                    self._unsent[: index + 1] = [memoryview(unit)[sent:]]
-                    assert self._nursery is not None
-                    self._nursery.start_soon(self._until_it_ends, self._send_unsent, stream)
-                    handed_over = True
-                    break
-        finally:
-            if not handed_over:
-                stream.done_with(self._taken)
-        if not handed_over:
-            self._all_is_sent()
-        if self._upstream_over and not stream.channel.eof:
-            stream.channel.shutdown()  # wakes the other pump, as an end of file does
+        self._take_replies(upstream)
+        handed_over = not self._replies.send_now()
+        if handed_over:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._until_it_ends, self._send_replies)
+        if self._upstream_over and not upstream.eof:
+            upstream.shutdown()  # wakes the other pump, as an end of file does
         return not (handed_over or self._upstream_over)
-
-    def _all_is_sent(self) -> None:
-        """Not so if it was cut: then nothing may follow."""
-        self._unsent = []
-        self._all_sent.set()
-        self._all_sent = trio.Event()
-        if not self._transmission.mid_reply:
-            self._client_writer.release()
 
     async def _leave_if_upstream_ends(self) -> None:
         """It has said so; once nothing is in flight it is to be left in peace."""
@@ -405,15 +378,12 @@ class Relay:
         assert self._nursery is not None
         if self._transmission.upstream_fault or not await self._outlet.replace(self._nursery):
             return False
-        self._replies.give_back()  # half a message of the last one, perhaps
-        self._replies = Stream(self._outlet.channel)
+        self._replies.change_upstream(self._outlet.channel)
         self._upstream_over = False
         self.detail = ""
         _, pieces = self._transmission.replies(bytearray(), 0, 0)
         if pieces:
-            await _begin(self._client_writer)
-            await send_pieces(self._client, bytearray(), pieces)
-            self._client_writer.release()
+            await self._replies.say_pieces(pieces)
         if self._transmission.follow_ups_due:
             self._wake_follow_ups()
         self._room.set()
@@ -432,10 +402,10 @@ class Relay:
             return
         with trio.move_on_after(LOST_TIMEOUT_S):
             if not was_open:
-                await _begin(self._client_writer)
+                await self._replies.begin()
             for words in last_words:
                 await self._client.send_all(words)
-            self._client_writer.release()
+            self._replies.end()
             self._end_if_idle()
             await trio.sleep_forever()  # ended by the other pump
         self._scope.cancel()
@@ -443,25 +413,5 @@ class Relay:
     # -- the end
 
     async def _discard_replies(self) -> None:
-        """Read and check replies as before, for a client that is gone, until none is due."""
-        transmission, stream = self._transmission, self._replies
-        while not (self._upstream_over or transmission.upstream_fault):
-            due = transmission.in_flight - transmission.mid_request  # that one is never answered
-            if not due and not transmission.mid_reply:
-                break
-            await stream.channel.readable()
-            try:
-                stream.read(at_least=transmission.wanted, probe=False)
-            except ChannelClosed:
-                break
-            consumed, _ = transmission.replies(stream.buffer, 0, stream.held)
-            stream.done_with(consumed)
-            if stream.channel.eof:
-                break
-
-
-async def _begin(writer: trio.Semaphore) -> None:
-    if writer.value:
-        writer.acquire_nowait()  # no turn of the loop when nobody else writes
-    else:
-        await writer.acquire()
+        if not self._upstream_over:
+            await self._replies.discard()

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from gateway.errors import SettingsError
+from gateway.privileges import remedy
 from gateway.settings import Settings
 from gateway.snapshot import Snapshot
 from gateway.trust import Keeper, Trust, digest_of, load_trust, parts_of
@@ -114,7 +115,7 @@ class Reloader:
             self._retry_at = trio.current_time() + _RETRY_S
             trust = await _in_thread(load_trust, seen.settings, seen.files, before)
         except SettingsError as wrong:
-            self._refuse(str(wrong), asked=asked)
+            self._refuse(f"{wrong}{remedy(wrong, self._settings.user)}", asked=asked)
             return
         self._refused, self._refused_digest = "", b""
         self._keeper.replace(trust)

@@ -19,8 +19,11 @@ from typing import Final
 
 import trio
 
+from gateway import signals
 from gateway.errors import GatewayError, SettingsError
+from gateway.listeners import Listeners
 from gateway.places import Places
+from gateway.privileges import account_of, become, remedy, warning
 from gateway.reload import Reread
 from gateway.server import Part, Server, allow_descriptors, open_listeners, uris
 from gateway.settings import Settings
@@ -38,36 +41,59 @@ from gateway.workers import CUT, RELOAD, Post, WorkerLog, Workers
 
 logger = logging.getLogger(__name__)
 
-_AGAIN_S: Final = 1.0  # between the two reads of a new worker
+_AGAIN_S: Final = 1.0  # between two reads of a new worker
+_READS: Final = 4  # at the most, until two in a row are equal
 
 Say = Callable[[str], None]
 """What is done with each NBD URI, once clients are served. BrokenPipeError ends the gateway."""
 
 
 def run_gateway(settings: Settings, say: Say, reread: Reread | None = None) -> bool:
-    """Serve until SIGTERM or SIGINT. Returns whether all sessions came to their own end then.
+    """Serve until SIGTERM or SIGINT. Returns whether all sessions came to their own end then; from
+    the moment in which the listeners open, signals have no other effect.
 
     On SIGHUP, and when they have changed, the files are loaded anew, and the rules that `reread`
-    gives.
-    Raises SettingsError and ListenError, with several workers before any of them is there.
+    gives. With `settings.user` this process is that user's from here on.
+    Raises SettingsError, ListenError and GatewayError, with several workers before any of them is
+    there.
     """
+    drop = _giving_up_root(settings)
     if len(settings.shares) > 1:
-        return _serve_with_workers(settings, say, reread)
+        return _serve_with_workers(settings, say, reread, drop)
     server = Server(settings, reread=reread)
     _announce(settings, server.trust)
-    return trio.run(_run, server, say)
+    allow_descriptors(settings)
+    signals.hold()  # until the server receives them
+    with open_listeners(settings, drop) as listeners:
+        return trio.run(_run, server, say, listeners)
+
+
+def _giving_up_root(settings: Settings) -> Callable[[], None]:
+    """What is to be done once files are read and ports bound. Raises SettingsError: whom nobody
+    can become is said before anything is done."""
+    user = settings.user
+    account = None if user is None else account_of(user)
+
+    def drop() -> None:
+        if account is not None:
+            become(account)
+            logger.info("now %s", account)
+        elif unprivileged := warning():
+            logger.warning("%s", unprivileged)
+
+    return drop
 
 
 # -- in this process
 
 
-async def _run(server: Server, say: Say) -> bool:
+async def _run(server: Server, say: Say, listeners: Listeners) -> bool:
     """Raises what the server and `say` raise, ungrouped."""
     drained = False
 
     async def run(task_status: trio.TaskStatus[list[str]]) -> None:
         nonlocal drained
-        drained = await server.run(task_status=task_status)
+        drained = await server.run(listeners=listeners, task_status=task_status)
         nursery.cancel_scope.cancel()
 
     failure: Exception | None = None
@@ -75,7 +101,9 @@ async def _run(server: Server, say: Say) -> bool:
         with trio.open_signal_receiver(signal.SIGHUP) as hangups:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_reload_on, hangups, server)
-                _say_all(await nursery.start(run), say)
+                listening = await nursery.start(run)
+                signals.release()
+                _say_all(listening, say)
     except* (GatewayError, BrokenPipeError) as group:
         failure = _first(group)
     if failure is not None:
@@ -120,12 +148,15 @@ class _InUse:
         return Guards(self._memory[self._size])
 
 
-def _serve_with_workers(settings: Settings, say: Say, reread: Reread | None) -> bool:
+def _serve_with_workers(
+    settings: Settings, say: Say, reread: Reread | None, drop: Callable[[], None]
+) -> bool:
     trust = load_trust(settings)
     in_use = _InUse(trust)
     _announce(settings, trust)
     allow_descriptors(settings)
-    with open_listeners(settings) as listeners:
+    signals.hold()  # the supervisor waits for them, and workers release them
+    with open_listeners(settings, drop) as listeners:
         listening = uris(settings, listeners, trust)
 
         def work(post: Post) -> bool:
@@ -158,38 +189,43 @@ def _load_again(
             trust = _load_steadily(settings if reread is None else reread, first)
             check_guards(in_use.guards, trust)
         except Exception as wrong:
+            why = f"{wrong}{remedy(wrong, settings.user)}"
             if not isinstance(wrong, SettingsError):
                 log.exception("bug: the files cannot be looked at")
             if in_use.still_is(first):
-                log.error("the files cannot be used, those of the start serve on: %s", wrong)
+                log.error("the files cannot be used, those of the start serve on: %s", why)
                 return first
-            if str(wrong) != said:
-                log.error("the files cannot be used, and nobody enters here until then: %s", wrong)
-            said = str(wrong)
+            if why != said:
+                log.error("the files cannot be used, and nobody enters here until then: %s", why)
+            said = why
             if _waits_for_order(post, settings.reload_interval_s):
                 return None
         else:
             in_use.put(trust)
+            if said:  # and who asked for a reload meanwhile has an answer
+                log.info("reload: the files can be used again")
             return trust
 
 
 def _load_steadily(reread: Settings | Reread, first: Trust) -> Trust:
     """As the others do it: two reads have to be equal, since it may be half of what is being
-    written. Raises SettingsError."""
+    written. That they are not is nobody's mistake: it waits a little. Raises SettingsError."""
 
     def read() -> tuple[Settings, Snapshot, bytes]:
         settings = reread if isinstance(reread, Settings) else reread()
         files = Snapshot.take(settings.tls)
         return settings, files, digest_of(parts_of(settings, files))
 
-    before = read()
-    if before[2] == first.digest:
-        return load_trust(before[0], before[1], first)
-    time.sleep(_AGAIN_S)
     settings, files, digest = read()
-    if digest != before[2]:
-        raise SettingsError("the files are being written")
-    return load_trust(settings, files, first)
+    if digest == first.digest:
+        return load_trust(settings, files, first)
+    for _ in range(_READS - 1):
+        before = digest
+        time.sleep(_AGAIN_S)
+        settings, files, digest = read()
+        if digest == before:
+            return load_trust(settings, files, first)
+    raise SettingsError("the files are being written")
 
 
 def _waits_for_order(post: Post, seconds: float) -> bool:

@@ -87,22 +87,24 @@ class Server:
         self,
         *,
         handle_signals: bool = True,
+        listeners: Listeners | None = None,
         task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
     ) -> bool:
         """Listen and serve. Starts with the NBD URIs that are listened on; none for a worker,
         whose supervisor says them, since the files of the start may be gone when it is forked.
 
-        With `handle_signals`, SIGTERM and SIGINT are `drain`, a second one is `cut`. Returns True
-        when every session came to its own end, False when what was left had to be cut: after
+        `listeners` are those that are open already; whoever's they are, they are closed here. With
+        `handle_signals`, SIGTERM and SIGINT are `drain`, a second one is `cut`. Returns True when
+        every session came to its own end, False when what was left had to be cut: after
         `drain_timeout_s`, or by `cut`. Cancelled: cuts.
         Raises ListenError, and SettingsError for an address that `--tls off` forbids.
         """
         settings = self._settings
-        if self._part is None:
+        if self._part is not None:
+            listeners = self._part.listeners
+        elif listeners is None:
             allow_descriptors(settings)
             listeners = open_listeners(settings)
-        else:
-            listeners = self._part.listeners
         async with trio.open_nursery() as signals:
             signals.start_soon(self._reloader.run)
             signals.start_soon(self._refused.run)
@@ -233,17 +235,24 @@ class Server:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             task_status.started()
             async for number in signals:
+                if self._serving.cancel_called:
+                    continue  # a third must not find its default again, which is to kill
                 if self._accepting.cancel_called:
                     self._log.warning("second signal: ending now")
                     self.cut()
-                    return
+                    continue
                 self._log.info("%s: ending", signal.Signals(number).name)
                 self.drain()
 
 
-def open_listeners(settings: Settings) -> Listeners:
-    """Raises ListenError, and SettingsError for an address that `--tls off` forbids."""
-    return Listeners.open(settings.listen, local_only=settings.tls is None, environ=os.environ)
+def open_listeners(settings: Settings, drop: Callable[[], None] = lambda: None) -> Listeners:
+    """`drop` gives privileges up once ports are bound, and before socket files are made.
+
+    Raises what it raises, ListenError, and SettingsError for an address that `--tls off` forbids.
+    """
+    return Listeners.open(
+        settings.listen, local_only=settings.tls is None, environ=os.environ, drop=drop
+    )
 
 
 def uris(settings: Settings, listeners: Listeners, trust: Trust) -> list[str]:

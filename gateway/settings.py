@@ -107,6 +107,7 @@ class Settings:
     config: Path | None = None  # where some of the rules are from, for messages
     limits: Limits = field(default_factory=Limits)
     reconnect_s: float = 0.0  # how long a lost upstream is dialled anew; 0: not at all
+    user: str | None = None  # USER[:GROUP] to become once files are read and sockets bound
 
     def __post_init__(self) -> None:
         check_socket_path("--socket", self.socket)
@@ -259,7 +260,11 @@ def tls_files(directory: Path, *, anonymous: bool, minimum: Literal["1.2", "1.3"
 
     A `ca-crl.pem` is used if it is there. With `anonymous` the CA is not needed.
     """
-    if not directory.is_dir():
+    try:
+        is_directory = directory.is_dir()
+    except OSError as error:  # no way to it, for one
+        raise SettingsError(f"--tls-dir: cannot read {directory}: {error.strerror}") from error
+    if not is_directory:
         raise SettingsError(f"--tls-dir {directory}: not a directory")
     crl = directory / TLS_DIR_CRL
     return TLSSettings(

@@ -89,7 +89,7 @@ def _read(flag: str, path: Path) -> bytes:
                 raise SettingsError(f"{flag}: {path} is no regular file")
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"{flag}: cannot read {path}: {error.strerror}") from None
+        raise SettingsError(f"{flag}: cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
         raise SettingsError(f"{flag}: cannot read {str(path)!r}: {error}") from None
     if len(data) > MAX_BYTES:

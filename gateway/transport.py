@@ -27,6 +27,7 @@ _MAX_RECORDS: Final = 64  # in one `fill`: a client may send records of one byte
 RECORD: Final = 16384  # the most that one TLS record holds; RFC 8446, section 5.1
 _SELECT_LIMIT: Final = 1024  # descriptors from here on are nothing for select(2), FD_SETSIZE
 _ONE_CORE: Final = len(os.sched_getaffinity(0)) == 1
+STUCK_S: Final = 1.0  # how often `while_stuck` is called
 LINGER_S: Final = 2.0  # how long a last word may take to reach the peer
 _LINGER_BYTES: Final = 1 << 20
 
@@ -43,6 +44,7 @@ class Channel:
         self._drained = True  # nothing more had arrived when we last looked
         self.eof = False
         self.stall_s = math.inf  # how long the peer may take no bytes of a `send_all`
+        self.while_stuck: Callable[[], None] = lambda: None  # called now and then in a `send_all`
         self.truncated = False  # EOF without the end that the protocol demands
         self.bytes_read = 0
         self.bytes_written = 0
@@ -96,11 +98,18 @@ class Channel:
         """
         sent = self.send_now(data)
         while sent < len(data):
-            with trio.move_on_after(self.stall_s) as patience:
-                await trio.lowlevel.wait_writable(self._sock)
-            if patience.cancelled_caught:
-                raise Stalled(f"it took no bytes for {self.stall_s:g} s")
+            await self._writable()
             sent += self.send_now(memoryview(data)[sent:])
+
+    async def _writable(self) -> None:
+        left_s = self.stall_s
+        while left_s > 0:
+            with trio.move_on_after(min(left_s, STUCK_S)):
+                await trio.lowlevel.wait_writable(self._sock)
+                return
+            left_s -= STUCK_S
+            self.while_stuck()
+        raise Stalled(f"it took no bytes for {self.stall_s:g} s")
 
     def send_now(self, data: bytes | bytearray | memoryview) -> int:
         """Send what there is room for without waiting. Returns how many bytes that is.
@@ -155,6 +164,14 @@ class Channel:
         """Whether the peer has shut its side, behind whatever it has sent before."""
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer takes nothing more: after a reset, and on a Unix socket any close. Over
+        TCP an orderly one cannot be told from a peer that only sends no more."""
+        poll = select.poll()
+        poll.register(self._sock, 0)  # POLLHUP and POLLERR are always looked for
         return bool(poll.poll(0))
 
     @property

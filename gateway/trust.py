@@ -93,6 +93,8 @@ class Trust:
                 yield f"our certificate expired on {end:%Y-%m-%d}: clients will refuse it"
             elif end - now < _SOON:
                 yield f"our certificate expires on {end:%Y-%m-%d}: renew it"
+            if wrong := credentials.disorder(self.own.chain):
+                yield f"--cert: {wrong}"
         for crl in self.crls:
             if crl.next_update is not None and now < crl.next_update < now + _SOON_CRL:
                 end = crl.next_update

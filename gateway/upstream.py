@@ -64,6 +64,7 @@ class Upstream:
         # Block sizes of the export that was asked about last: None if it has none to tell.
         self._sizes: dict[str, BlockSizes | None] = {}
         self._taken = False
+        self._gave_up = False  # it has taken too long once
         self._warned = quiet
         # Set once the upstream is in transmission: the name, and what it granted.
         self._opened: tuple[str, Granted] | None = None
@@ -84,13 +85,18 @@ class Upstream:
     async def ask(self, question: Question) -> Answer:
         """The upstream's answer. Failures to reach or understand it are logged, once each.
 
+        One that has let `timeout_s` pass is not asked again: else a client with several questions
+        would meet its own deadline before it has heard the reason.
         proto.md: "Fixed newstyle negotiation", and NBD_OPT_GO for the fall-back.
         """
         try:
+            if self._gave_up:
+                raise UpstreamUnavailable(f"{self._path} did not answer before")
             with trio.CancelScope(deadline=trio.current_time() + self._timeout_s):
                 answer = await self._answer(question)
                 self._note(question, answer)
                 return answer
+            self._gave_up = True
             reason = f"{self._path} did not answer within {self._timeout_s:g} s"
         except (PeerError, UpstreamUnavailable) as error:
             reason = str(error)

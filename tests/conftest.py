@@ -1,8 +1,10 @@
-"""What every test gets: ERROR records fail it, and `pki` issues certificates on demand."""
+"""What every test gets: ERROR records fail it, and `pki` issues certificates on demand; signals are
+as they were before it."""
 
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,20 @@ def no_error_logged(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.fail("logged as ERROR:\n" + "\n".join(collector.messages), pytrace=False)
     elif not collector.messages:
         pytest.fail("marked expects_error_log, but no ERROR was logged", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def signals_of_the_tests() -> Iterator[None]:
+    """The command's own `main` leaves them ignored: its process is to end."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture(scope="session")

@@ -184,8 +184,8 @@ class Eager:
 
     def _takes_replies(self) -> bool:
         one = self._relay
-        free = one._transmission.mid_reply or one._client_writer.value
-        return not (one._unsent or one._upstream_over) and bool(free)
+        free = one._transmission.mid_reply or one._replies.free
+        return not (one._replies._unsent or one._upstream_over) and free
 
     async def _either(self) -> None:
         if not (self._client._drained and self._takes_replies()):

@@ -223,8 +223,8 @@ class Eager:
 
     def _takes_replies(self) -> bool:
         relay = self._relay
-        free = relay._transmission.mid_reply or relay._client_writer.value
-        return not (relay._unsent or relay._upstream_over) and bool(free)
+        free = relay._transmission.mid_reply or relay._replies.free
+        return not (relay._replies._unsent or relay._upstream_over) and free
 
     async def _either(self) -> None:
         if not (self._client._drained and self._takes_replies()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_the_folder_is_the_present_one_unless_said(
 
 WRONG = {
     "no such key type": ("client vm2 --key-type rsa-1024", "rsa-1024"),
+    "days in letters": ("client vm2 --days abc", "'abc' is not a valid number of days"),
     "no day at all": ("client vm2 --days 0", "--days"),
     "too many days": ("crl --days 36501", "--days"),
     "a bad name": ("server a_b", "NAME: server name 'a_b'"),
@@ -183,6 +185,32 @@ def test_showing(run: Run, folder: Path) -> None:
     assert "nowhere: No such file" in bad.complaint
 
 
+def test_showing_a_folder(run: Run, folder: Path, tmp_path: Path) -> None:
+    """All certificates in it, those of clients too, and nothing of its keys."""
+    outcome = run("certs", "show", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = re.findall(r"^(\S+\.pem): ", outcome.out, re.MULTILINE)
+    there = sorted(str(one) for one in folder.rglob("*.pem") if not one.name.endswith("-key.pem"))
+    assert sorted(set(shown)) == there
+    (empty := tmp_path / "empty").mkdir()
+    outcome = run("certs", "show", empty)
+    assert outcome.code == 2
+    assert "no certificate in this folder" in outcome.complaint
+
+
+def test_revoking_a_number_that_nothing_here_has(run: Run, folder: Path) -> None:
+    """The file may be lost, so it is done; and a slip of the pen is said."""
+    ours = x509.load_pem_x509_certificate((folder / "client-cert.pem").read_bytes())
+    outcome = run("certs", "revoke", "--dir", folder, "--serial", ours.serial_number)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"Revoked: {ours.serial_number:#x} CN=client" in outcome.out
+    (folder / "server-cert.pem").write_text("garbage")  # must not be in the way
+    outcome = run("certs", "revoke", "--dir", folder, "--serial", "0x4d2")
+    assert outcome.code == 0
+    assert "Revoked: 0x4d2\n" in outcome.out
+    assert f"No certificate in {folder} has the number 0x4d2: if it is mistyped" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("span", "code"),
     [
@@ -220,6 +248,15 @@ def test_bundling(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert again.code == 1
     assert "already has vm1.tar" in again.complaint
     assert run("certs", "bundle", "client", "vm1", "--dir", folder, "--force").code == 0
+
+
+def test_no_folder_is_made_for_a_bundle(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Who may look into it is not for a default to say."""
+    deep = tmp_path / "deep" / "er"
+    outcome = run("certs", "bundle", "client", "vm1", "--dir", folder, "-o", deep / "x.tar")
+    assert outcome.code == 1
+    assert f"{deep} is no folder: make it first" in outcome.complaint
+    assert not deep.parent.exists()
 
 
 def test_bundling_for_a_pipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_upstream_is_no_socket(folder: Folder) -> None:
 def test_upstream_out_of_reach(
     folder: Folder, upstream: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode, effective_ids: False)
     assert folder.check().has("bad", "--socket .*: no permission to connect")
 
 
@@ -243,7 +243,7 @@ def test_unix_listener(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(new))
         assert checked(new).has("warn", "there already: fine if by the gateway that runs now")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode, effective_ids: False)
     assert checked(folder.path / "newer").has("bad", "no permission to make a file in")
 
 

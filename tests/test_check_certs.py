@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gateway.check.certs import covers
 from gateway.settings import ListenSystemd, ListenTCP
+from gateway.trust import load_trust
 from tests.check_rig import DAY, Folder, Pair, make, make_ca
 
 
@@ -168,7 +170,11 @@ def test_superfluous_root(folder: Folder, middle: Pair, leaf: Pair) -> None:
 def test_chain_out_of_order(folder: Folder, middle: Pair, leaf: Pair) -> None:
     folder.use(leaf, folder.ca, middle)
     found = folder.check()
-    assert found.has("bad", r"certificate 1 \(CN=leaf\) is not signed by the next one \(CN=ca\)")
+    words = r"certificate 1 \(CN=leaf\) is not signed by the next one \(CN=ca\)"
+    assert found.has("bad", words)
+    # Some clients have the rest themselves, so it starts; and its log says the same.
+    (concern,) = load_trust(folder.settings()).concerns(datetime.now(UTC))
+    assert re.match(f"--cert: {words}: the server's own first", concern)
 
 
 def test_leaf_comes_last(folder: Folder, middle: Pair, leaf: Pair) -> None:
@@ -372,6 +378,15 @@ def test_certificate_and_key_in_one_file(folder: Folder) -> None:
     folder.write(folder.cert, folder.server.pem, folder.server.key_pem(old=True))
     found = folder.check(tls={"key": folder.cert})
     assert found.code == 0, str(found)
+
+
+def test_a_missing_ca_is_said_once(folder: Folder) -> None:
+    """And once more as what a start makes of it."""
+    folder.client_ca.unlink()
+    said = [line for line in folder.check().of("bad") if "No such file" in line]
+    assert len(said) == 2
+    assert said[0] == f"bad   {folder.client_ca}: cannot be read: No such file or directory"
+    assert said[1].startswith("bad   start: ")
 
 
 def test_key_without_a_certificate(folder: Folder) -> None:

@@ -190,7 +190,7 @@ def test_acl_is_what_counts(
     monkeypatch.setattr(os, "getxattr", lambda path, name: acl(*entries, mask=mask))
     folder.key.chmod(0o440)
     give(folder.key, 0, STRANGER)
-    assert granted(str(folder.key), os.stat(folder.key)) == (group, 0)
+    assert granted(str(folder.key), os.stat(folder.key), os.geteuid()) == (group, 0)
 
 
 def test_real_acl(folder: Folder) -> None:
@@ -202,7 +202,7 @@ def test_real_acl(folder: Folder) -> None:
     except OSError as error:
         pytest.skip(f"no ACLs on this file system: {error.strerror}")
     assert stat.S_IMODE(folder.key.stat().st_mode) == 0o440
-    assert granted(str(folder.key), os.stat(folder.key)) == (0, 0)
+    assert granted(str(folder.key), os.stat(folder.key), os.geteuid()) == (0, 0)
     assert folder.check().has("ok", "modes and owners")
 
 

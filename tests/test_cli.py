@@ -23,7 +23,7 @@ run, folder, in_folder = cli_rig.run, cli_rig.folder, cli_rig.in_folder
 
 # Command line (in a folder with the files above) to words that its complaint must have.
 WRONG = {
-    "no flag": ("", "--socket"),
+    "no flag": ("", "what is to be served? --socket PATH --tls-dir DIR"),
     "no --socket": (f"{CERT} {KEY} {CA}", "--socket"),
     "empty --socket": ("--tls-dir tls --socket ''", "--socket: not a path"),
     "--socket too long": (f"--tls-dir tls --socket {LONG}", "--socket: 108 bytes 107"),
@@ -162,7 +162,11 @@ WRONG = {
     "network of no address": (f"{GOOD} --allow-from vm1", "--allow-from vm1: 192.0.2.0/24"),
     "network with host bits": (
         f"{GOOD} --deny-from 192.0.2.1/24",
-        "--deny-from 192.0.2.1/24: host bits",
+        "--deny-from 192.0.2.1/24: host bits network is 192.0.2.0/24 one address 192.0.2.1",
+    ),
+    "IPv6 network with host bits": (
+        f"{GOOD} --allow-from 2001:db8::1/32",
+        "--allow-from 2001:db8::1/32: host bits network is 2001:db8::/32",
     ),
     "network for Unix sockets": (
         "--tls-dir tls --socket s --listen unix:l --allow-from ::1",

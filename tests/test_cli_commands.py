@@ -106,7 +106,7 @@ def test_what_is_announced(
     def said(line: str) -> list[tuple[int, str]]:
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert run(*line.split(), "--socket", "s").code == 0
+            assert run(*line.split(), "--socket", "s", "--listen", "127.0.0.1:0").code == 0
         return [(record.levelno, record.getMessage()) for record in caplog.records]
 
     warning = logging.WARNING

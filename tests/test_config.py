@@ -124,7 +124,11 @@ WRONG = {
     "key behind the tables": (LAST + "allow = ['cn=a']", "$.export[1].allow: unknown key; keys"),
     "a key with a line break": ('"a\\nb" = 1', "$.'a\\nb': unknown key"),
     "one bracket": ('[export]\nname = "a"', "$.export: a table goes in double brackets: [[export"),
-    "a string for a list": ('allow = "cn=a"', "Expected `array`, got `str` - at `$.allow`"),
+    "a string for a list": ('allow = "cn=a"', 'also for one: allow = ["cn=a"]'),
+    "a string in a table": (
+        '[[export]]\nname = "a"\nread-only = "cn=a"',
+        '$.export[0].read-only: a list is needed, also for one: read-only = ["cn=a"]',
+    ),
     "a number in a list": ('allow = ["cn=a", 1]', "Expected `str`, got `int` - at `$.allow[1]`"),
     "a date in a list": ("deny-from = [1979-05-27]", "Expected `str`, got `date`"),
     "a string for tables": ('export = "a"', "Expected `array`, got `str` - at `$.export`"),

@@ -43,18 +43,23 @@ class Layer(NamedTuple):
 TABLE = {
     "": Layer(outside="importlib"),
     "__main__": Layer("cli"),
-    "cli": Layer("flags options serve check certs.cli demo settings errors", "click trio"),
+    "cli": Layer(
+        "flags options privileges serve check certs.cli demo settings errors signals",
+        "click signal trio",
+    ),
     "flags": Layer("settings config access errors limits nbd.upgrades"),
     "config": Layer("access settings errors limits", "msgspec"),
     "limits": Layer("errors"),
     "check": Layer(
-        "certs check.certs check.crl check.files check.keys check.report check.rules rule trust "
-        "settings "
-        "errors",
+        "certs check.certs check.crl check.files check.keys check.report check.rules check.user "
+        "rule trust settings errors",
         "socket",
     ),
-    "serve": Layer("errors places reload server settings snapshot trust workers", "signal trio"),
-    "reload": Layer("errors settings snapshot trust", "trio"),
+    "serve": Layer(
+        "errors listeners places privileges reload server settings signals snapshot trust workers",
+        "signal trio",
+    ),
+    "reload": Layer("errors privileges settings snapshot trust", "trio"),
     "trust": Layer(
         "access credentials crls errors identity psk settings snapshot tls", "cryptography ssl"
     ),
@@ -65,7 +70,8 @@ TABLE = {
     "gate": Layer("errors identity limits places tables", "trio"),
     "accepting": Layer("gate", "socket trio"),
     "few_lines": Layer("", "trio"),
-    "demo": Layer("selftest server certs memory_upstream settings errors", "trio signal"),
+    "demo": Layer("selftest server certs memory_upstream settings errors signals", "trio signal"),
+    "signals": Layer("", "signal"),
     "selftest": Layer("client certs memory_upstream errors nbd.*", "trio ssl"),
     "client": Layer("transport errors nbd.*", "socket ssl"),
     "server": Layer(
@@ -74,10 +80,17 @@ TABLE = {
         "signal socket trio",
     ),
     "session": Layer(
-        "admission limits redial relay upstream trust tls identity transport settings errors nbd.*",
-        "trio socket ssl",
+        "admission client_handshake limits relay trust identity transport settings errors nbd.*",
+        "trio socket",
     ),
-    "relay": Layer("buffers outlet turns transport errors nbd.transmission lifeline", "trio"),
+    "client_handshake": Layer(
+        "admission redial upstream trust tls identity transport settings errors nbd.*",
+        "socket ssl",
+    ),
+    "relay": Layer(
+        "buffers outlet reply_path turns transport errors nbd.transmission lifeline", "trio"
+    ),
+    "reply_path": Layer("buffers transport errors nbd.transmission", "trio"),
     "outlet": Layer("buffers lifeline transport errors nbd.transmission", "trio"),
     "lifeline": Layer("buffers transport errors nbd.transmission", "trio"),
     "redial": Layer("transport upstream nbd.pairing", "trio"),
@@ -103,9 +116,11 @@ TABLE = {
         "check.certs check.files check.report psk access identity settings", "cryptography"
     ),
     "check.files": Layer("check.report snapshot errors"),
+    "check.user": Layer("check.files check.report errors privileges"),
+    "privileges": Layer("errors"),
     "check.rules": Layer("check.report access identity rule"),
     "check.report": Layer("errors"),
-    "certs.store": Layer("pki_keys"),
+    "certs.store": Layer("pki_keys signals"),
     "certs.read": Layer("pki_keys", "cryptography"),
     "certs.folder": Layer("certs certs.read certs.store pki pki_keys revocations", "cryptography"),
     "certs.bundle": Layer(
@@ -116,7 +131,7 @@ TABLE = {
     "revocations": Layer("pki_keys"),
     "pki_keys": Layer("errors", "cryptography"),
     "admission": Layer("access errors identity nbd.policy settings trust", "socket"),
-    "credentials": Layer("crls snapshot", "cryptography"),
+    "credentials": Layer("crls identity snapshot", "cryptography"),
     "crls": Layer("identity snapshot", "cryptography"),
     "dn": Layer("", "cryptography"),
     "rule": Layer("dn errors identity"),
@@ -152,10 +167,12 @@ TABLE = {
         pure=True,
     ),
     "nbd.reply_walk": Layer(
-        "nbd.resumption nbd.request_walk nbd.plans nbd.requests nbd.replies nbd.sparse "
-        "nbd.in_flight nbd.framing "
-        "nbd.wire nbd.constants errors",
+        "nbd.resumption nbd.reply_output nbd.request_walk nbd.plans nbd.requests nbd.replies "
+        "nbd.in_flight nbd.framing nbd.wire nbd.constants errors",
         pure=True,
+    ),
+    "nbd.reply_output": Layer(
+        "nbd.request_walk nbd.replies nbd.sparse nbd.in_flight nbd.constants", pure=True
     ),
     "nbd.plans": Layer(
         "nbd.requests nbd.replies nbd.in_flight nbd.framing nbd.constants", pure=True

@@ -334,7 +334,7 @@ async def test_a_client_that_leaves_in_the_middle(taken: list[bool], structured:
     for count in (1, 16, 17, 65536, 200_000):
         run, _ = await session(client(count), structured=structured, size=4096, cut=True)
         assert run.end is SessionEnd.CLIENT_LEFT
-        assert not run.relay._replies.buffer
+        assert not run.relay._replies.stream.buffer
 
 
 @pytest.mark.parametrize("how", ["shutdown", "cancel"])

@@ -360,7 +360,7 @@ async def test_bug_in_one_session_costs_no_other(
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.session.Session._negotiate", fail)
+        patch.setattr("gateway.client_handshake.ClientHandshake.run", fail)
         for _ in range(3):
             client = clients.connect(running.uri)
             await in_thread(client.recv_to_end)

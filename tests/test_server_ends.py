@@ -171,6 +171,28 @@ async def test_second_signal_cuts(
     assert "second signal: ending now" in messages(caplog, logging.WARNING)
 
 
+async def test_later_signals_are_taken_too(
+    start: Start, settings: Settings, clients: Clients, fake: FakeUpstream, slow: Slow
+) -> None:
+    """To cut takes a moment, and its default would be to kill meanwhile."""
+    stray: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: stray.append(number))
+    try:
+        running = await start(settings)
+        client = await request_in_flight(running.uri, clients, fake)
+        for _ in range(4):
+            signal.raise_signal(signal.SIGTERM)
+            await wait_all_tasks_blocked()
+        assert not running.ended.is_set(), "it waits for the client to close"
+        assert not stray
+        client.close()
+        slow.go_on.set()
+        await running.ended.wait()
+        assert running.drained is False
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("with_a_client", [True, False])
 async def test_cut_tells_whether_there_was_something_to_cut(
     start: Start, settings: Settings, clients: Clients, with_a_client: bool

@@ -228,7 +228,7 @@ async def test_bug_costs_one_client_only(
     other = await front.opened()
     client = await front.inside()
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.session.Haggling.receive", receive)
+        patch.setattr("gateway.client_handshake.Haggling.receive", receive)
         client.send(option(Opt.LIST))
         assert await in_thread(client.recv_to_end) == b""
         client.close()

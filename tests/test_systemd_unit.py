@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,6 +82,23 @@ def test_systemd_takes_it(extra: bool, tmp_path: Path) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_exposure_is_what_is_told(tmp_path: Path) -> None:
+    if (analyze := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd-analyze is not installed")
+    done = subprocess.run(
+        [analyze, "security", "--offline=yes", str(UNIT)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.search(r"Overall exposure level for nbd-gateway.service: (\S+)", done.stdout)
+    assert found is not None, done
+    told = re.search(r"gives the unit (\S+) of 10 .* by systemd 252", README.read_text())
+    assert told is not None
+    assert float(found[1]) <= float(told[1]), done.stdout  # newer ones have other weights
 
 
 @pytest.mark.parametrize("key", ["ExecStartPre", "ExecReload"])

@@ -16,7 +16,7 @@ import pytest
 
 from tests import workers_rig
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.gateway import ROOT, Output, environment
+from tests.support.gateway import ROOT, Output, environment, warnings_in
 from tests.support.peers import wait_until
 from tests.support.rawclient import GREETING, Opt, RawClient, Rep, client_hello, tls_context
 from tests.workers_rig import (
@@ -324,9 +324,11 @@ def test_lines_of_the_log_are_whole(pki: Path, crew: Start, stack: ExitStack) ->
             thread.join()
     lines = running.log().splitlines()
     assert len([line for line in lines if ": closed: " in line]) == 240
+    levels = "DEBUG|INFO|WARNING"  # the last one about root
+    assert not warnings_in(running.log())
     for line in lines:
-        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO) \S", line), line
-        assert len(re.findall(r" (?:DEBUG|INFO) ", line)) == 1, line
+        assert re.match(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} ({levels}) \S", line), line
+        assert len(re.findall(rf" (?:{levels}) ", line)) == 1, line
 
 
 def test_nothing_is_left(crew: Start) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_upstream import FakeUpstream, Link, Script, pattern
-from tests.support.gateway import ROOT, Gateway, Output, environment
+from tests.support.gateway import ROOT, Gateway, Output, descriptors_of, environment
 from tests.support.peers import wait_until
 from tests.support.rawclient import Cmd, RawClient, Request, tls_context
 
@@ -158,7 +158,7 @@ def is_up(pid: int) -> bool:
 def descriptors(pid: int) -> Counter[str]:
     """The open files of a process, by kind, and their number."""
     found: Counter[str] = Counter()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
+    for fd in descriptors_of(pid):
         with contextlib.suppress(FileNotFoundError):
             found[os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0]] += 1
     return found

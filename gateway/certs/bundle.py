@@ -50,6 +50,8 @@ def bundle_client(directory: Path, name: str, now: datetime | None = None) -> by
 def write_bundle(path: Path, content: bytes, *, force: bool) -> None:
     """The tar file, for its owner only. Raises PkiError."""
     path = path.absolute()
+    if not path.parent.is_dir():  # not made here: who may look into it is for its owner to say
+        raise PkiError(f"{path.parent} is no folder: make it first, or name another with -o")
     write_together(path.parent, {path: Content(content, secret=True)}, force=force, remedy=REPLACE)
 
 

@@ -38,7 +38,7 @@ from gateway.certs.options import (
     serial_number,
     span,
 )
-from gateway.certs.show import expiring, show
+from gateway.certs.show import expiring, files_of, show
 from gateway.errors import SettingsError
 from gateway.identity import printable
 from gateway.pki import (
@@ -263,6 +263,12 @@ def _revoke(
     )
     for entry in done.added:
         click.echo(f"Revoked: {entry.serial:#x} {printable(entry.whose)}".rstrip())
+        if not entry.whose:
+            click.echo(
+                f"No certificate in {directory} has the number {entry.serial:#x}: if it is "
+                "mistyped, nobody is kept out by it; `certs show` prints those that are here",
+                err=True,
+            )
     if not done.added:
         click.echo("Nothing new: it was revoked before")
     _say(done)
@@ -300,14 +306,28 @@ def _say(done: Revocations) -> None:
 
 
 @certs.command(name="show")
-@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
-def _show(files: tuple[Path, ...]) -> None:
-    """Print what is in certificates, chains and CRLs, and the rules that mean a client."""
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="DIR|FILE...")
+def _show(paths: tuple[Path, ...]) -> None:
+    """Print what is in certificates, chains and CRLs, and the rules that mean a client.
+
+    Of a folder: in all its *.pem files, keys apart.
+    """
     try:
-        texts = [show(path, datetime.now(UTC)) for path in files]
+        texts = [show(file, datetime.now(UTC)) for path in paths for file in _shown_of(path)]
     except PkiError as wrong:
         raise SettingsError(str(wrong)) from None
     click.echo("\n".join(texts), nl=False)
+
+
+def _shown_of(path: Path) -> list[Path]:
+    """What is worth a look: of a folder no keys, of which only that they are there could be said.
+    Raises PkiError."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in files_of(path) if not file.name.endswith("-key.pem")]
+    if not files:
+        raise PkiError(f"{path}: no certificate in this folder: name one that `certs` made")
+    return files
 
 
 @certs.command(

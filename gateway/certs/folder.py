@@ -243,7 +243,7 @@ def revoke(
                 raise PkiError(
                     f"--serial {serial:#x}: not that of a certificate that the CA issued"
                 )
-            new.append(Entry(serial, moment, ""))
+            new.append(Entry(serial, moment, _whose(folder, serial)))
         return _write_crl(folder, new, days, moment)
 
 
@@ -268,6 +268,18 @@ def _entry(folder: Folder, path: Path, moment: datetime) -> Entry:
     if not signed_by(certificate, folder.authority.certificate):
         raise PkiError(f"{path} was not issued by the CA in {folder.path}")
     return Entry(certificate.serial_number, moment, certificate.subject.rfc4514_string())
+
+
+def _whose(folder: Folder, serial: int) -> str:
+    """The subject of what has this number, if it is here still and can be read; else nothing."""
+    for path in (*folder.path.glob("*-cert.pem"), *folder.path.glob(f"{CLIENTS}/*/*-cert.pem")):
+        try:
+            first = certificates_in(read(path), path)[0]
+        except PkiError:
+            continue
+        if first.serial_number == serial and signed_by(first, folder.authority.certificate):
+            return first.subject.rfc4514_string()
+    return ""
 
 
 def _write_crl(

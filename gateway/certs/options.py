@@ -16,7 +16,15 @@ from gateway.pki import MAX_DAYS, KeyType
 F = TypeVar("F", bound=Callable[..., None])
 
 PATH: Final = click.Path(path_type=Path)
-DAYS: Final = click.IntRange(1, MAX_DAYS)
+
+
+class _Days(click.IntRange):
+    """Its name is what click says that a wrong value is not."""
+
+    name = "number of days"
+
+
+DAYS: Final = _Days(1, MAX_DAYS)
 
 
 def span(text: str) -> timedelta:

@@ -270,7 +270,7 @@ def expiring(
     found = []
     for path in paths:
         known = 0
-        for file in _files(path):
+        for file in files_of(path):
             for block in blocks_in(read(file), file):
                 if block.item is None:
                     continue
@@ -299,7 +299,8 @@ def _what(item: x509.Certificate | x509.CertificateRevocationList) -> str:
         return "it has a name that cannot be read"
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """The PEM files in a folder and those in it; or the one file. Raises PkiError."""
     if not path.exists():
         raise PkiError(f"{path} does not exist")
     if not path.is_dir():

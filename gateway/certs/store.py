@@ -3,9 +3,9 @@
 Everything is made in memory first. Each file then gets a temporary name in its own folder,
 exclusively and with its final mode from the first moment, and only when all are safely on the disk
 are they renamed, one by one. A former file is moved aside, not overwritten, until the last new one
-is in place. Every step puts its own inverse on a stack, so that an error (or Ctrl-C) at any step
-leaves the folder as it was. The temporary names are fixed, and so they also serve as a lock: two
-runs at once, or one after a run that was killed, cannot mix their files.
+is in place. Every step puts its own inverse on a stack, so that an error at any step leaves
+the folder as it was; signals wait meanwhile. The temporary names are fixed, and so they also
+serve as a lock: two runs at once, or one after a run that was killed, cannot mix their files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from gateway import signals
 from gateway.pki_keys import PkiError
 
 
@@ -38,6 +39,13 @@ def write_together(
     the service out. Without `force` nothing is replaced, and the error ends with `remedy`.
     Raises PkiError, after which everything is as it was unless the text says otherwise.
     """
+    with signals.held():
+        _write_together(directory, files, force=force, remedy=remedy)
+
+
+def _write_together(
+    directory: Path, files: Mapping[Path, Content], *, force: bool, remedy: str
+) -> None:
     stuck: list[OSError] = []  # steps that could not be undone
     former: list[Path] = []
 

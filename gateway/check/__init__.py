@@ -24,6 +24,7 @@ from gateway.check.files import check_modes
 from gateway.check.keys import check_key, check_psk
 from gateway.check.report import Level, Report
 from gateway.check.rules import check_rules
+from gateway.check.user import acting_as_user, check_user, uid_of
 from gateway.errors import GatewayError
 from gateway.rule import ANYBODY
 from gateway.settings import (
@@ -56,6 +57,9 @@ def run(settings: Settings, say: Callable[[str], None], now: datetime | None = N
         report.warn("--tls-min 1.3", "locks nbd-client out, which speaks TLS 1.2 unless told more")
     with report.part("modes and owners"):
         _check_modes(report, settings)
+    if settings.user is not None:
+        with report.part("--user"):
+            check_user(report, settings.user, _files(settings))
     with report.part("rules"):
         check_rules(report, settings.rules)
         _check_access(report, settings)
@@ -69,9 +73,11 @@ def run(settings: Settings, say: Callable[[str], None], now: datetime | None = N
                 _check_address(report, listen, local_only=settings.tls is None)
         elif isinstance(listen, ListenUnix):
             with report.part(f"--listen unix:{listen.path}"):
-                _check_socket_file(report, listen.path)
+                with acting_as_user(settings.user):
+                    _check_socket_file(report, listen.path)
     with report.part(f"--socket {settings.socket}"):
-        _check_upstream(report, settings.socket)
+        with acting_as_user(settings.user):
+            _check_upstream(report, settings.socket)
     with report.part("--max-connections"):
         _check_descriptors(report, settings)
     with report.part("start"):
@@ -148,7 +154,7 @@ def _check_modes(report: Report, settings: Settings) -> None:
     secret = [] if tls is None else [tls.key, tls.key_password, tls.psk]
     # What does not exist has been said, or is for the start to say.
     there = [path for path in _files(settings) if path.exists()]
-    check_modes(report, there, [path for path in there if path in secret])
+    check_modes(report, there, [path for path in there if path in secret], uid_of(settings.user))
     for folder in dict.fromkeys(path.parent for path in there):
         if (key := folder / CA_KEY).exists():
             report.warn(key, "the CA's key, by which anybody is let in: keep it on another machine")
@@ -228,7 +234,7 @@ def _check_socket_file(report: Report, path: str) -> None:
     if not os.path.isdir(folder):
         report.bad(what, f"{folder} is no folder: make it, or have systemd do so")
     elif not os.path.lexists(path):
-        if os.access(folder, os.W_OK | os.X_OK):
+        if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             report.ok(what, "can be made")
         else:
             report.bad(what, f"no permission to make a file in {folder}")
@@ -248,7 +254,7 @@ def _check_upstream(report: Report, path: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         report.bad(what, "no socket: name the one that the NBD server listens on")
-    elif not os.access(path, os.W_OK):
+    elif not os.access(path, os.W_OK, effective_ids=True):
         report.bad(what, "no permission to connect: the gateway's user needs it for writing")
     else:
         report.ok(what, "a socket")

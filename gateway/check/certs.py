@@ -6,12 +6,11 @@ import ipaddress
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Final, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -19,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from gateway import credentials
 from gateway.check.files import read
 from gateway.check.report import Report, date, some
+from gateway.credentials import signed_by
 from gateway.identity import shown
 
 Certificates = tuple[x509.Certificate, ...]
@@ -50,21 +50,12 @@ def check_whole(report: Report, path: Path, data: bytes) -> None:
 
 def name_of(certificate: x509.Certificate) -> str:
     """Fit for a line."""
-    return shown(certificate.subject.rfc4514_string() or "certificate without a subject")
+    return shown(certificate.subject.rfc4514_string() or credentials.NAMELESS)
 
 
 def spki_of(certificate: x509.Certificate) -> bytes:
     """Raises ValueError and UnsupportedAlgorithm."""
     return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether names and signature fit. Dates and extensions are other matters."""
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True
 
 
 def is_root(certificate: x509.Certificate) -> bool:
@@ -161,14 +152,10 @@ def is_address(text: str) -> bool:
 
 
 def _check_order(report: Report, path: Path, chain: Certificates) -> None:
-    for number, (one, issuer) in enumerate(pairwise(chain), 1):
-        if not signed_by(one, issuer):
-            report.bad(
-                path,
-                f"certificate {number} ({name_of(one)}) is not signed by the next one "
-                f"({name_of(issuer)}): the server's own first, then each one's issuer",
-            )
-            return
+    if wrong := credentials.disorder(chain):
+        report.bad(path, wrong)
+        return
+    for issuer in chain[1:]:
         _check_is_ca(report, path, issuer)
     last = chain[-1]
     if len(chain) > 1:

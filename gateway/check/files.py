@@ -46,28 +46,29 @@ def read(path: Path) -> bytes:
     return data
 
 
-def check_modes(report: Report, files: list[Path], secret: list[Path]) -> None:
-    """Nobody else may write any of the files, nor read those that are secret."""
+def check_modes(report: Report, files: list[Path], secret: list[Path], us: int) -> None:
+    """Nobody but root and `us`, the user that the gateway runs as, may write any of the files, nor
+    read those that are secret."""
     folders: dict[str, None] = {}
     before = len(report.verdicts)
     for path in dict.fromkeys(files):
         with report.part(path):
             on_the_way, end = resolve(os.fspath(path))
             folders.update(dict.fromkeys(on_the_way))
-            _check_file(report, path, end, secret=path in secret)
+            _check_file(report, path, end, us, secret=path in secret)
     for folder in folders:
         with report.part(folder):
-            _check_folder(report, folder)
+            _check_folder(report, folder, us)
     if len(report.verdicts) == before and folders:
         count = len(set(files))
         report.ok("modes and owners", f"{count} files, {len(folders)} folders on the way to them")
 
 
-def _check_file(report: Report, path: Path, end: str, *, secret: bool) -> None:
+def _check_file(report: Report, path: Path, end: str, us: int, *, secret: bool) -> None:
     found = os.stat(end)
     if stat.S_ISREG(found.st_mode):  # what else it may be is said where it is read
-        given = granted(end, found)
-        _check_owner(report, path, found)
+        given = granted(end, found, us)
+        _check_owner(report, path, found, us)
         _check_writers(report, path, found, given)
         if secret and given.others & _R:
             report.bad(
@@ -79,16 +80,15 @@ def _check_file(report: Report, path: Path, end: str, *, secret: bool) -> None:
             report.warn(path, f"can be read by {group} too: chmod 0600 {end}, if it need not be")
 
 
-def _check_folder(report: Report, folder: str) -> None:
+def _check_folder(report: Report, folder: str, us: int) -> None:
     found = os.stat(folder)
-    _check_owner(report, folder, found)
+    _check_owner(report, folder, found, us)
     # In a folder with the sticky bit, as /tmp, a file is its owner's to replace only.
     if not found.st_mode & stat.S_ISVTX:
-        _check_writers(report, folder, found, granted(folder, found))
+        _check_writers(report, folder, found, granted(folder, found, us))
 
 
-def _check_owner(report: Report, what: object, found: os.stat_result) -> None:
-    us = os.geteuid()
+def _check_owner(report: Report, what: object, found: os.stat_result, us: int) -> None:
     if found.st_uid in (0, us):
         return
     text = f"belongs to {_user(found.st_uid)}, who can change it"
@@ -128,8 +128,8 @@ def resolve(path: str) -> tuple[list[str], str]:
     return list(folders), here
 
 
-def granted(path: str, found: os.stat_result) -> Given:
-    """What others than the owner may do with a file or folder, by its mode or its ACL.
+def granted(path: str, found: os.stat_result, us: int) -> Given:
+    """What others than the owner and `us` may do with a file or folder, by its mode or its ACL.
 
     With an ACL the group's bits of the mode are only the most that an entry can give: systemd
     hands out credentials with 0440 that way, which nobody but one user can read.
@@ -149,7 +149,7 @@ def granted(path: str, found: os.stat_result) -> Given:
             group |= bits & owning
         elif tag == _GROUP:
             group |= bits
-        elif tag == _USER and who not in (0, os.geteuid()) and os.geteuid() != 0:
+        elif tag == _USER and who not in (0, us) and us != 0:
             group |= bits
     return Given(group & mask, plain.others)
 

@@ -44,7 +44,9 @@ class Report:
         self.verdicts.append(Verdict(Level.WARN, str(what), text))
 
     def bad(self, what: object, text: str) -> None:
-        self.verdicts.append(Verdict(Level.BAD, str(what), text))
+        """Once, also if several parts meet the same."""
+        if (verdict := Verdict(Level.BAD, str(what), text)) not in self.verdicts:
+            self.verdicts.append(verdict)
 
     def count(self, level: Level) -> int:
         return sum(one.level is level for one in self.verdicts)

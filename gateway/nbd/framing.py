@@ -16,13 +16,16 @@ from gateway.nbd.constants import (
     REQUEST_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     Cmd,
+    ReplyFlag,
 )
-from gateway.nbd.wire import CHUNK, EXTENDED_CHUNK, EXTENDED_REQUEST, REQUEST
+from gateway.nbd.wire import CHUNK, EXTENDED_CHUNK, EXTENDED_REQUEST, REQUEST, U16, U64
 
 FLAGS_AT = 4  # in requests and chunks; a simple reply has its error here
 COOKIE_AT = 8
 OFFSET_AT = 16  # in requests and extended chunks
 LENGTH_AT = 24  # in requests
+
+_DONE = int(ReplyFlag.DONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,14 @@ class Framing:
         if self.extended:
             return self.chunk.pack(self.chunk_magic, flags, kind, cookie, offset, length)
         return self.chunk.pack(self.chunk_magic, flags, kind, cookie, length)
+
+    def readdress(self, buffer: bytearray, at: int, flags: int, cookie: int, offset: int) -> None:
+        """Make an upstream's chunk header one for the client, whose request has this offset."""
+        if flags & ~_DONE or not flags:  # only flags that were negotiated with the client
+            U16.pack_into(buffer, at + FLAGS_AT, flags & _DONE)
+        U64.pack_into(buffer, at + COOKIE_AT, cookie)
+        if self.extended:
+            U64.pack_into(buffer, at + OFFSET_AT, offset)
 
     def disconnect(self) -> bytes:
         """NBD_CMD_DISC: the polite end of the transmission phase. It has no reply."""

@@ -39,6 +39,7 @@ _PRINTABLE = bytes(byte if 32 <= byte < 127 else ord("?") for byte in range(256)
 _LEGAL = frozenset(Error)
 # In front of the extents of a block status, and each of them: compact, extended.
 _STATUS_SIZES = ((4, 8), (8, 16))
+_EXTENTS_AT_A_TIME = 8192  # as numbers they take ten times as much memory
 MAX_STATUS_DATA = 4 + 8 * MAX_EXTENTS
 _TRANSLATED = {
     errno.EROFS: Error.EPERM,
@@ -152,7 +153,7 @@ class ChunkedReply:
         self._extended = extended
         self._seen_ids: set[int] = set()
         self._failed = False
-        self.error_chunk: tuple[int, ErrorChunk] | None = None  # the first, for a plan
+        self.error_chunk: tuple[int, ErrorChunk] | None = None  # the first
         self._covered = 0
         # Disjoint runs of bytes that content chunks have covered, sorted. One run, mostly.
         self._starts: list[int] = []
@@ -224,6 +225,22 @@ class ChunkedReply:
         if not fits:
             raise PeerError("upstream", f"chunk of type {kind:#x} with {length} bytes")
 
+    def take(self, buffer: bytearray, at: int, kind: int, length: int, *, done: bool) -> int:
+        """Any chunk of a legal length; OFFSET_DATA apart. Its payload is at `at`.
+
+        Returns the error in it, or 0.
+        """
+        if kind == Chunk.NONE:
+            if not done:
+                raise PeerError("upstream", "NBD_REPLY_TYPE_NONE that is not the last chunk")
+        elif kind == Chunk.OFFSET_HOLE:
+            self.content(*HOLE.unpack_from(buffer, at))
+        elif kind & CHUNK_ERROR_BIT:
+            return self.error(buffer, at, kind, length)
+        else:
+            self.status(buffer, at, length)
+        return 0
+
     def status(self, buffer: bytearray, at: int, length: int) -> None:
         """NBD_REPLY_TYPE_BLOCK_STATUS, or _EXT: `length` bytes at `buffer[at:]`, a legal length."""
         if self._kind != Cmd.BLOCK_STATUS:
@@ -236,17 +253,20 @@ class ChunkedReply:
         count = (length - head) // each
         if self._extended and U32.unpack_from(buffer, at + 4)[0] != count:
             raise PeerError("upstream", f"a wrong count of extents, where there are {count}")
-        words = struct.unpack_from(
-            f">{2 * count}{'Q' if self._extended else 'I'}", buffer, at + head
-        )
-        lengths = words[::2]
-        if self._extended and context in self._base_ids and max(words[1::2]) >> 32:
-            raise PeerError("upstream", "a status of more than 32 bits in a base: context")
-        if 0 in lengths:
-            raise PeerError("upstream", "an extent of no bytes")
-        if sum(lengths[:-1]) >= self._length:
+        told = last = 0
+        word = "Q" if self._extended else "I"
+        for first in range(0, count, _EXTENTS_AT_A_TIME):
+            some = min(count - first, _EXTENTS_AT_A_TIME)
+            words = struct.unpack_from(f">{2 * some}{word}", buffer, at + head + each * first)
+            lengths = words[::2]
+            if self._extended and context in self._base_ids and max(words[1::2]) >> 32:
+                raise PeerError("upstream", "a status of more than 32 bits in a base: context")
+            if 0 in lengths:
+                raise PeerError("upstream", "an extent of no bytes")
+            told, last = told + sum(lengths), lengths[-1]
+        if told - last >= self._length:
             raise PeerError("upstream", "extents beyond the request before the last one")
-        if self._flags & CmdFlag.REQ_ONE and (len(lengths) > 1 or lengths[0] > self._length):
+        if self._flags & CmdFlag.REQ_ONE and (count > 1 or last > self._length):
             raise PeerError("upstream", "more than the one extent asked for")
 
     def error(self, buffer: bytearray, at: int, kind: int, length: int) -> int:
@@ -269,6 +289,8 @@ class ChunkedReply:
         U32.pack_into(buffer, at, error)
         text_at = at + ERROR_CHUNK.size
         buffer[text_at : text_at + text_length] = _showable(buffer[text_at : text_at + text_length])
+        if self.error_chunk is None:
+            self.error_chunk = error, ErrorChunk(kind, bytes(buffer[at : at + length]))
         return error
 
     def finish(self) -> None:

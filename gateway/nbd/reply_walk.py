@@ -1,9 +1,8 @@
-"""From the upstream to the client: every reply checked, put into the client's words, passed on.
+"""From the upstream to the client: every reply's header checked, and what it means for its request.
 
-The walk reads whole headers, writes the client's cookie back in place, and names what of the buffer
-may go on. Payload that runs past the buffer is passed by count. Only where an upgrade is in play
-the reply is another than the upstream's: its simple replies become chunks, the answers to the parts
-of a plan become one.
+The walk reads whole headers and writes the client's cookie back in place; what goes on from there
+is up to `reply_output`. Only where an upgrade is in play the reply is another than the upstream's:
+its simple replies become chunks, the answers to the parts of a plan become one.
 """
 
 from __future__ import annotations
@@ -12,28 +11,20 @@ from collections.abc import Iterator
 from typing import Final
 
 from gateway.errors import PeerError
-from gateway.nbd.constants import (
-    CHUNK_ERROR_BIT,
-    SIMPLE_REPLY_MAGIC,
-    Chunk,
-    Cmd,
-    CmdFlag,
-    Error,
-    ReplyFlag,
-)
-from gateway.nbd.framing import COOKIE_AT, FLAGS_AT, OFFSET_AT, Framing
-from gateway.nbd.in_flight import ErrorChunk, InFlight, Request
+from gateway.nbd.constants import CHUNK_ERROR_BIT, SIMPLE_REPLY_MAGIC, Chunk, Cmd, Error, ReplyFlag
+from gateway.nbd.framing import COOKIE_AT, FLAGS_AT, Framing
+from gateway.nbd.in_flight import InFlight, Request
 from gateway.nbd.plans import ZEROES, Plans
 from gateway.nbd.replies import ChunkedReply, Replies, legal_error
+from gateway.nbd.reply_output import ReplyOutput
 from gateway.nbd.request_walk import Piece
 from gateway.nbd.requests import RequestRules
 from gateway.nbd.resumption import Resumption
-from gateway.nbd.sparse import Run, runs, whole_blocks
-from gateway.nbd.wire import HOLE, SIMPLE_REPLY, U16, U32, U64
+from gateway.nbd.wire import SIMPLE_REPLY, U32, U64
 
 _SIMPLE_SIZE: Final = SIMPLE_REPLY.size
 _READ, _BLOCK_STATUS = int(Cmd.READ), int(Cmd.BLOCK_STATUS)
-_DONE, _DF = int(ReplyFlag.DONE), int(CmdFlag.DF)
+_DONE = int(ReplyFlag.DONE)
 _OFFSET_DATA = int(Chunk.OFFSET_DATA)
 _HAS_CHUNKS = frozenset({_READ, _BLOCK_STATUS})
 _STATUS = frozenset({Chunk.BLOCK_STATUS, Chunk.BLOCK_STATUS_EXT})
@@ -66,39 +57,31 @@ class ReplyWalk:
         self._chunks_below = chunks_below  # the upstream answers a READ in chunks
         self._converts = rules.chunks_above and not chunks_below
         self._chunked: dict[int, ChunkedReply] = {}  # replies of more than one chunk, under way
-        self._pieces: list[Piece] = []
-        self._start = 0  # of what is not in `_pieces` yet
-        # The data of a READ on its way. It goes to the client as it is, unless:
-        self._left = 0
-        self._can_fail = False  # it is in a chunk, and an error chunk may follow
-        self._converting: Request | None = None  # it has to be put into chunks
-        self._holding: Request | None = None  # it is kept until the reply is whole
-        self._data_at = 0  # the offset in the export, for these two
-        self._last_of = 0  # our cookie, if the reply is over with this data
+        self._out = ReplyOutput(replies)
+        self._last_of = 0  # our cookie, if the reply is over with the data that is on its way
 
     @property
     def mid_reply(self) -> bool:
-        return bool(self._left and not self._converting and not self._holding)
+        return self._out.mid_reply
 
     def walk(self, buffer: bytearray, at: int, end: int) -> tuple[int, list[Piece]]:
         """See `Transmission.replies`."""
-        pieces: list[Piece] = []
-        self._pieces, self._start = pieces, at
+        framing, out, plans = self._framing, self._out, self._plans
+        pieces = out.start(at)
         self.wanted = 0
-        plans = self._plans
         try:
-            if self._left:
+            if out.left:
                 at = self._go_on(buffer, at, end)
-            extended = self._framing.extended
-            smallest = self._framing.chunk.size if extended else _SIMPLE_SIZE
+            extended = framing.extended
+            smallest = framing.chunk.size if extended else _SIMPLE_SIZE
             while True:
-                if plans.said and not self.mid_reply:
-                    self._cut(at, at)
+                if plans.said and not out.mid_reply:
+                    out.cut(at, at)
                     pieces += plans.take_replies()
-                if self._left or end - at < smallest:
+                if out.left or end - at < smallest:
                     break
                 (magic,) = U32.unpack_from(buffer, at)
-                if magic == self._framing.chunk_magic and self._chunks_below:
+                if magic == framing.chunk_magic and self._chunks_below:
                     after = self._chunk(buffer, at, end)
                 elif magic == SIMPLE_REPLY_MAGIC and not extended:
                     after = self._simple(buffer, at, end)
@@ -109,15 +92,9 @@ class ReplyWalk:
                 at = after
         except PeerError as fault:
             self.fault = fault
-        self._cut(at, at)
-        self._pieces = []  # an idle session must not own what it has sent
+        out.cut(at, at)
+        out.pieces = []  # an idle session must not own what it has sent
         return at, pieces
-
-    def _cut(self, at: int, resume: int) -> None:
-        """Up to `at` all may go on; what is between there and `resume` may not."""
-        if self._start < at:
-            self._pieces.append((self._start, at))
-        self._start = resume
 
     def _request(self, cookie: int) -> Request:
         request = self._in_flight.requests.get(cookie)
@@ -146,43 +123,43 @@ class ReplyWalk:
         if error:
             error = legal_error(error)
             if self._refuses(mine, request, error, last=True):
-                self._cut(at, after)
+                self._out.cut(at, after)
                 return after
         if data_follows and self._resumption is not None and end - after < request.length:
             self.wanted = after + request.length - at
             return at
         if data_follows and (self._converts or request.plan is not None):
-            self._cut(at, after)
-            self._left, self._data_at = request.length, request.offset
-            self._can_fail = False
+            self._out.cut(at, after)
+            self._out.divert(request, request.offset, request.length, at_hand=end - after)
             self._last_of = mine
-            return self._divert(buffer, after, end, request)
+            return self._go_on(buffer, after, end)
         del self._in_flight.requests[mine]
         if request.plan is not None:
-            self._cut(at, after)
+            self._out.cut(at, after)
             self._plans.answered(request.plan, error)
         elif error and self._converts:
-            self._cut(at, after)
-            self._pieces.append(self._replies.error(request, error))
+            self._out.cut(at, after)
+            self._out.pieces.append(self._replies.error(request, error))
         else:
             if error:
                 U32.pack_into(buffer, at + FLAGS_AT, error)
             U64.pack_into(buffer, at + COOKIE_AT, request.cookie)
             if data_follows:
-                return self._begin(buffer, after, end, request.length, can_fail=False)
+                return self._out.begin(after, end, request.length, can_fail=False)
         return after
 
     # -- chunks
 
     def _chunk(self, buffer: bytearray, at: int, end: int) -> int:
         """proto.md, "Structured reply chunk message". Returns `at` while it is not whole."""
-        size = self._framing.chunk.size
+        framing = self._framing
+        size = framing.chunk.size
         if end - at < size:
             return at
-        header: tuple[int, ...] = self._framing.chunk.unpack_from(buffer, at)
+        header: tuple[int, ...] = framing.chunk.unpack_from(buffer, at)
         flags, kind, mine, length = header[1], header[2], header[3], header[-1]
         request = self._request(mine)
-        if self._framing.extended and header[4] != request.offset:
+        if framing.extended and header[4] != request.offset:
             raise PeerError("upstream", f"a reply about {header[4]} to a request at another offset")
         done = bool(flags & _DONE)
         if self._resumption is not None and (request.kind == _READ or self._has_refused(mine)):
@@ -199,7 +176,7 @@ class ReplyWalk:
             and mine not in self._chunked
         ):  # success, as extended headers have it
             del self._in_flight.requests[mine]
-            self._readdress(buffer, at, request, flags)
+            framing.readdress(buffer, at, flags, request.cookie, request.offset)
             return after
         reply = self._chunked_reply(mine, request)
         reply.check_length(kind, length)
@@ -209,9 +186,11 @@ class ReplyWalk:
         if self._resumption is not None and kind & CHUNK_ERROR_BIT:
             (error,) = U32.unpack_from(buffer, at + size)
             if self._refuses(mine, request, legal_error(error), last=done):
-                self._cut(at, after)
+                self._out.cut(at, after)
                 return after
-        error = self._small_chunk(buffer, at + size, kind, reply, length, done=done)
+        error = reply.take(buffer, at + size, kind, length, done=done)
+        if error and self._resumption is None:
+            self._look_for_shutdown(error)
         plan = request.plan
         if done:
             reply.finish()
@@ -219,19 +198,17 @@ class ReplyWalk:
         if self._resumption is not None and kind in _STATUS:
             (context,) = U32.unpack_from(buffer, at + size)
             if self._resumption.has_told(mine, context, last=done):
-                self._cut(at, after)
+                self._out.cut(at, after)
                 if done:
-                    self._pieces.append(self._replies.end(request))
+                    self._out.pieces.append(self._replies.end(request))
                 return after
         if plan is None:
-            self._readdress(buffer, at, request, flags)
+            framing.readdress(buffer, at, flags, request.cookie, request.offset)
             return after
         if kind == Chunk.OFFSET_HOLE and not plan.holds:
-            self._readdress(buffer, at, plan.request, 0)
+            framing.readdress(buffer, at, 0, plan.request.cookie, plan.request.offset)
         else:
-            self._cut(at, after)
-        if error:
-            reply.error_chunk = reply.error_chunk or (error, _kept(buffer, at + size, kind, length))
+            self._out.cut(at, after)
         if done:
             self._plans.answered(plan, *(reply.error_chunk or ()))
         return after
@@ -260,16 +237,16 @@ class ReplyWalk:
             return at
         if self._has_refused(mine):
             resumption.follows_refusal(mine, last=done)
-            self._cut(at, after)
+            self._out.cut(at, after)
             return after
         alone = done and request.plan is None and mine not in self._chunked
         if alone and kind == _OFFSET_DATA and length == U64.size + request.length:
             if U64.unpack_from(buffer, begin)[0] != request.offset:
                 raise PeerError("upstream", "data that is not where it was asked for")
-            self._readdress(buffer, at, request, flags)
+            self._framing.readdress(buffer, at, flags, request.cookie, request.offset)
             del self._in_flight.requests[mine]
             return after
-        self._cut(at, after)
+        self._out.cut(at, after)
         reply = self._chunked_reply(mine, request)
         if kind == _OFFSET_DATA:
             (offset,) = U64.unpack_from(buffer, begin)
@@ -281,13 +258,11 @@ class ReplyWalk:
                 (error,) = U32.unpack_from(buffer, begin)
                 if resumption.refuses(mine, request, legal_error(error), last=done):
                     return after
-            error = self._small_chunk(buffer, begin, kind, reply, length, done=done)
-            if error and reply.error_chunk is None:
-                reply.error_chunk = (error, _kept(buffer, begin, kind, length))
+            reply.take(buffer, begin, kind, length, done=done)
         if done:
             reply.finish()
             del self._in_flight.requests[mine], self._chunked[mine]
-            self._pieces += resumption.tell(mine, request, reply)
+            self._out.pieces += resumption.tell(mine, request, reply)
         return after
 
     def _chunked_reply(self, mine: int, request: Request) -> ChunkedReply:
@@ -300,14 +275,6 @@ class ReplyWalk:
             )
         return reply
 
-    def _readdress(self, buffer: bytearray, at: int, request: Request, flags: int) -> None:
-        """Make a chunk's header one for the client, whose request it answers."""
-        if flags & ~_DONE or not flags:  # only flags that were negotiated with the client
-            U16.pack_into(buffer, at + FLAGS_AT, flags & _DONE)
-        U64.pack_into(buffer, at + COOKIE_AT, request.cookie)
-        if self._framing.extended:
-            U64.pack_into(buffer, at + OFFSET_AT, request.offset)
-
     def _data_chunk(
         self,
         buffer: bytearray,
@@ -319,7 +286,8 @@ class ReplyWalk:
         length: int,
     ) -> int:
         """NBD_REPLY_TYPE_OFFSET_DATA."""
-        data_at = at + self._framing.chunk.size + U64.size
+        framing = self._framing
+        data_at = at + framing.chunk.size + U64.size
         if length <= U64.size:
             raise PeerError("upstream", f"a data chunk of {length} bytes")
         if end < data_at:
@@ -340,117 +308,47 @@ class ReplyWalk:
             if done:
                 reply.finish()
         if plan is not None:
-            self._left, self._data_at = count, offset
             self._last_of = mine if done else 0
             if plan.holds:
-                self._cut(at, data_at)
-                return self._divert(buffer, data_at, end, request)
-            self._readdress(buffer, at, plan.request, 0)
-            self._can_fail = True
+                self._out.cut(at, data_at)
+                self._out.divert(request, offset, count, at_hand=end - data_at)
+            else:
+                framing.readdress(buffer, at, 0, plan.request.cookie, plan.request.offset)
+                self._out.expect(count)
             return self._go_on(buffer, data_at, end)
         if done and count > end - data_at:
             # The rest may never come, so this is not the last chunk: "MUST NOT do so for a content
             # chunk if it would still be possible to detect an error".
-            self._readdress(buffer, at, request, 0)
+            framing.readdress(buffer, at, 0, request.cookie, request.offset)
             self._last_of = mine
         else:
-            self._readdress(buffer, at, request, flags)
+            framing.readdress(buffer, at, flags, request.cookie, request.offset)
             if done:
                 del self._in_flight.requests[mine]
                 self._chunked.pop(mine, None)
-        return self._begin(buffer, data_at, end, count, can_fail=True)
-
-    def _small_chunk(
-        self, buffer: bytearray, at: int, kind: int, reply: ChunkedReply, length: int, *, done: bool
-    ) -> int:
-        """A chunk other than data; its payload is at `at`. Returns the error in it, or 0."""
-        if kind == Chunk.NONE:
-            if not done:
-                raise PeerError("upstream", "NBD_REPLY_TYPE_NONE that is not the last chunk")
-        elif kind == Chunk.OFFSET_HOLE:
-            reply.content(*HOLE.unpack_from(buffer, at))
-        elif kind in _STATUS:
-            reply.status(buffer, at, length)
-        else:
-            error = reply.error(buffer, at, kind, length)
-            if self._resumption is None:
-                self._look_for_shutdown(error)
-            return error
-        return 0
+        return self._out.begin(data_at, end, count, can_fail=True)
 
     # -- data under way
 
-    def _begin(self, buffer: bytearray, at: int, end: int, length: int, *, can_fail: bool) -> int:
-        """Data for the client starts at `at`. Returns where it ends within this buffer."""
-        if length > end - at:
-            self._left = length - (end - at)
-            self._can_fail = can_fail
-            return end
-        return at + length
-
-    def _divert(self, buffer: bytearray, at: int, end: int, request: Request) -> int:
-        """Data starts at `at` that is not for the client as it is."""
-        if request.plan is not None and request.plan.holds:
-            self._holding = request
-        elif request.flags & _DF and end - at < request.length:
-            # One chunk, whose end has not come yet: its data can go on as it is.
-            header = self._replies.data(request, request.offset, request.length, done=False)
-            self._pieces.append(header)
-            self._can_fail = True
-        else:
-            self._converting = request
-        return self._go_on(buffer, at, end)
-
     def _go_on(self, buffer: bytearray, at: int, end: int) -> int:
         """Deal with data that has come. Returns where it ends in this buffer."""
-        count = min(self._left, end - at)
-        if self._converting is not None:
-            count = self._convert(buffer, at, count, self._converting)
-        elif self._holding is not None:
-            assert self._holding.plan is not None
-            with memoryview(buffer) as view, view[at : at + count] as data:
-                self._holding.plan.hold(self._data_at, data)
-            self._start = at + count
-        self._data_at += count
-        self._left -= count
-        at += count
-        if not self._left:
-            self._converting, self._holding, converted = None, None, self._converting
-            self._end_data(at, told=converted is not None)
+        converts = self._out.converts
+        at = self._out.go_on(buffer, at, end)
+        if self._last_of and not self._out.left:
+            self._end_reply(at, told=converts)
         return at
 
-    def _convert(self, buffer: bytearray, at: int, count: int, request: Request) -> int:
-        """Put data into chunks. Returns how much of it: whole blocks, until the last."""
-        if count < self._left:
-            count = whole_blocks(self._data_at, count)
-        behind = at + count
-        found = runs(buffer, at, behind, self._data_at)
-        if request.flags & _DF and len(found) > 1:
-            found = [Run(at, behind, False)]
-        may_end = request.plan is None and count == self._left
-        for start, stop, zeroes in found:
-            done = may_end and stop == behind
-            offset, length = self._data_at + start - at, stop - start
-            header = self._replies.hole if zeroes else self._replies.data
-            self._cut(start, start)
-            self._pieces.append(header(request, offset, length, done=done))
-            if zeroes:
-                self._start = stop
-        return count
-
-    def _end_data(self, at: int, *, told: bool) -> None:
-        """All data of one reply or chunk is through. `told`: its end was in the last chunk."""
+    def _end_reply(self, at: int, *, told: bool) -> None:
+        """The data of one is through, and it has no more. `told`: its end was in the last chunk."""
         mine, self._last_of = self._last_of, 0
-        if not mine:
-            return
         request = self._in_flight.requests.pop(mine)
         reply = self._chunked.pop(mine, None)
         if request.plan is not None:
             failed = reply.error_chunk if reply is not None else None
             self._plans.answered(request.plan, *(failed or ()))
         elif not told:
-            self._cut(at, at)
-            self._pieces.append(self._replies.success(request))
+            self._out.cut(at, at)
+            self._out.pieces.append(self._replies.success(request))
 
     # -- the end of the upstream
 
@@ -467,7 +365,7 @@ class ReplyWalk:
     def resume(self) -> None:
         """Forget what an upstream was in the middle of. See `Resumption.resume`."""
         assert self._resumption is not None
-        assert not self._left, "only whole data is passed on"
+        assert not self._out.left, "only whole data is passed on"
         self.wanted = 0
         chunked, self._chunked = self._chunked, {}
         self._resumption.resume(chunked)
@@ -481,11 +379,10 @@ class ReplyWalk:
 
     def lose_upstream(self, unanswered: list[Request]) -> Iterator[bytes | memoryview] | None:
         """What the client is to be told, with an error for each request; None if it cannot be."""
-        if self.mid_reply and not self._can_fail:
+        if self._out.mid_reply and not self._out.can_fail:
             return None
-        padding = self._left if self.mid_reply else 0  # "it MUST use padding bytes"
-        self._left = self._last_of = 0
-        self._converting = self._holding = None
+        padding = self._out.abandon()  # "it MUST use padding bytes"
+        self._last_of = 0
         self._chunked.clear()
         return self._last_words(padding, unanswered)
 
@@ -496,7 +393,3 @@ class ReplyWalk:
             yield zeroes
         for request in unanswered:
             yield self._replies.error(request, Error.ESHUTDOWN)
-
-
-def _kept(buffer: bytearray, at: int, kind: int, length: int) -> ErrorChunk:
-    return ErrorChunk(kind, bytes(buffer[at : at + length]))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.hostile.session import Session
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.gateway import Gateway
+from tests.support.gateway import Gateway, descriptors_of
 from tests.support.rawclient import (
     C_FIXED,
     C_NO_ZEROES,
@@ -100,7 +100,7 @@ class Lab:
             time.sleep(0.01)
 
     def fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return len(descriptors_of(self.pid))
 
     def settled_fds(self) -> int:
         """The number of descriptors of a gateway that serves nobody."""
@@ -109,11 +109,10 @@ class Lab:
 
     def sockets_of_clients(self) -> int:
         """Connections that the gateway still holds: all its sockets but those that listen."""
-        fds = Path(f"/proc/{self.pid}/fd")
         inodes = set()
-        for fd in fds.iterdir():
+        for fd in descriptors_of(self.pid):
             with contextlib.suppress(OSError):
-                target = os.readlink(fd)
+                target = os.readlink(f"/proc/{self.pid}/fd/{fd}")
                 if target.startswith("socket:["):
                     inodes.add(target[8:-1])
         found = 0
@@ -142,7 +141,7 @@ class Lab:
 
     def assert_idle(self) -> None:
         """A gateway without work uses no CPU: a spinning task would take the whole window."""
-        before, window_s = self.cpu_s(), 0.5
+        before, window_s = self.cpu_s(), 0.25
         time.sleep(window_s)
         assert self.cpu_s() - before < window_s / 2, "the gateway spins"
 

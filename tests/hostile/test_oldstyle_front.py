@@ -177,7 +177,9 @@ class TooNew(Script):
         link.take_to_end()
 
 
-@pytest.mark.parametrize("script", [Refuses(), Chats(), NoServer(), TooNew()], ids=repr)
+@pytest.mark.parametrize(
+    "script", [Refuses(), Chats(), NoServer(), TooNew()], ids=lambda one: type(one).__name__
+)
 def test_no_export(lab: Lab, other: Session, script: Script) -> None:
     """The reason is for the log, in a form that is fit for it."""
     lab.fake.script = script

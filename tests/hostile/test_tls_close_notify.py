@@ -20,6 +20,7 @@ PAYLOAD = bytes(range(1, 256)) * 400
 WRITE = Request(Cmd.WRITE, 0, len(PAYLOAD), 8, payload=PAYLOAD).pack()
 READ = Request(Cmd.READ, 0, 512, 9).pack()
 GO = option(Opt.GO, info_data())
+SOON_S = 5.0  # at once, and not by the deadline of the handshake
 BEHIND = ("nothing", "twice", "rest", "garbage")
 
 
@@ -38,7 +39,7 @@ def notify(forger: Forger, before: bytes, how: str, rest: bytes) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("how", BEHIND)
-@pytest.mark.parametrize("sent", [0, 1, 8, 15, 16, 17, len(GO) - 1])
+@pytest.mark.parametrize("sent", [0, 8, 16, len(GO) - 1])
 def test_while_haggling(
     lab: Lab, witness: Session, tmp_path: Path, version: str, how: str, sent: int
 ) -> None:
@@ -46,6 +47,7 @@ def test_while_haggling(
     base = lab.fds()
     forger = Forger(lab, version, tmp_path / "keys")
     notify(forger, GO[:sent], how, GO[sent:] + READ)
+    forger.sock.settimeout(SOON_S)
     assert forger.recv_to_end() == b""
     assert forger.ended in ("close_notify", "reset")  # with bytes unread, the kernel's word
     forger.close()
@@ -69,7 +71,7 @@ def requests_of(link: Link) -> list[int]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("how", BEHIND)
-@pytest.mark.parametrize("sent", [0, 1, 27, len(READ)])
+@pytest.mark.parametrize("sent", [1, 27, len(READ)])
 def test_inside_a_request_header(
     lab: Lab, witness: Session, tmp_path: Path, version: str, how: str, sent: int
 ) -> None:
@@ -89,7 +91,7 @@ def test_inside_a_request_header(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("how", BEHIND)
-@pytest.mark.parametrize("sent", [len(WRITE) - len(PAYLOAD), 5000, len(WRITE) - 1])
+@pytest.mark.parametrize("sent", [len(WRITE) - len(PAYLOAD), len(WRITE) - 1])
 def test_inside_a_payload(
     lab: Lab, witness: Session, tmp_path: Path, version: str, how: str, sent: int
 ) -> None:

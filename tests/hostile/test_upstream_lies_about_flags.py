@@ -48,7 +48,7 @@ def works(session: Session) -> None:
     session.check()
 
 
-ONES = [1 << bit for bit in range(16)]
+ONES = [1 << bit for bit in range(1, 16)]
 ODD = {
     "none": 0,
     "no_has_flags": ALL_FEATURES & ~Tf.HAS_FLAGS,

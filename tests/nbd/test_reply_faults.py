@@ -228,6 +228,22 @@ def test_extent_of_no_bytes(extents: list[tuple[int, int]]) -> None:
     assert "no bytes" in fault(STATUS, status_chunk(OURS, 7, extents))
 
 
+@pytest.mark.parametrize("count", [8191, 8192, 8193, 16385])
+def test_extents_of_a_long_row(count: int) -> None:
+    """Wherever in it the wrong one is."""
+    long, row = STATUS._replace(length=count), [(1, 0)] * count
+
+    def what(one: Req, extents: list[tuple[int, int]]) -> str:
+        machine = asked(one).replies([status_chunk(OURS, 7, extents)]).machine
+        return machine.upstream_fault.what if machine.upstream_fault else "fine"
+
+    assert what(long, row) == "fine"
+    for at in {0, min(8191, count - 1), min(8192, count - 1), count - 1}:
+        assert "no bytes" in what(long, [*row[:at], (0, 0), *row[at + 1 :]])
+    assert "before the last" in what(long, [*row, (1, 0)])
+    assert "one extent" in what(long._replace(flags=REQ_ONE.flags), row)
+
+
 @pytest.mark.parametrize("extents", [[(512, 0), (512, 1)], [(4097, 0)], [(2**32 - 1, 0)]])
 def test_more_than_the_one_extent_asked_for(extents: list[tuple[int, int]]) -> None:
     assert "one extent" in fault(REQ_ONE, status_chunk(OURS, 7, extents))

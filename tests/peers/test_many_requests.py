@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers.bench import MIB, SIZE, Bench, same
-from tests.support.gateway import Gateway
+from tests.support.gateway import Gateway, descriptors_of
 from tests.support.peers import check, nbdsh, start_nbdsh
 
 
@@ -169,7 +169,7 @@ def test_one_connection_after_another(bench: Bench) -> None:
     """
 
     def descriptors(gateway: Gateway) -> int:
-        return len(list(Path(f"/proc/{gateway.pid}/fd").iterdir()))
+        return len(descriptors_of(gateway.pid))
 
     nbdsh(script, front.client())
     front.gateway.wait_log(r"\[20\] .*closed: ")

@@ -76,6 +76,11 @@ class Checker:
     connected: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
 
+    def __str__(self) -> str:
+        name = self.certificates.name.removeprefix("client-")
+        where = self.lease.export or f"sector {self.lease.first}"
+        return f"checker {self.number} ({name}) on {where} at {self.uri}"
+
     def stop(self) -> None:
         self._stop.set()
 

@@ -21,6 +21,7 @@ from tests.soak.upstreams import Lease
 from tests.soak.verdict import Finding
 from tests.soak.watching import WatchedGateway
 from tests.support.peers import Client
+from tests.support.rawclient import PeerClosedError
 
 CLIENTS = 5  # at a time
 _KINDS = {
@@ -35,7 +36,7 @@ _KINDS = {
     "fio": 7,
 }
 _HANG_S = 150.0  # longer than the longest timeout of a client
-_CONNECT = (AssertionError, OSError)
+_CONNECT = (AssertionError, OSError, PeerClosedError)  # up to transmission
 
 
 @dataclass
@@ -136,7 +137,7 @@ class Episode:
             self.scene.dying()
             upstream.server.kill()
             self.scene.dead()
-            upstream.server.start()
+            upstream.start()
             self._events[-1].ended = time.monotonic()
 
     def _fault(self) -> None:
@@ -149,6 +150,7 @@ class Episode:
         name = self._source.choices(list(weights), list(weights.values()))[0]
         event = Event(name, time.monotonic())
         self._events.append(event)
+        self._tally.history.note(f"{name} begins")
         try:
             faults.ALL[name][0](self, self._source)
             self._tally.count(self._tally.faults, name)
@@ -157,6 +159,7 @@ class Episode:
         except (faults.Fault, AssertionError) as wrong:
             self._tally.violation(f"{self._kind}: {name}: {wrong}")
         event.ended = time.monotonic()
+        self._tally.history.note(f"{name} is over")
 
     def _excused(self, since: float, *, kinds: frozenset[str] = faults.EXCUSES) -> bool:
         return any(
@@ -240,29 +243,34 @@ class Episode:
     def _check(self, checker: Checker, expected: bool) -> None:
         began = time.monotonic()
         kind, tally = "checker", self._tally
+        who = f"{self._kind}: {checker}"
+        tally.history.note(f"{who} begins")
         self._checkers.add(checker)
         try:
             findings = checker.run()
         except _CONNECT as error:
-            if not checker.connected and (expected or self._excused(began)):
+            # Nobody is to fail here, not those either whose session is going to be ended.
+            if not checker.connected and self._excused(began):
                 tally.count(tally.excused, kind)
             else:
-                tally.violation(f"{self._kind}: {kind}: {error!r}")
+                where = "at work" if checker.connected else "before transmission"
+                tally.violation(f"{who}, {where}: {error!r}")
             return
         except Exception as error:
-            tally.violation(f"{self._kind}: {kind}: {error!r}")
+            tally.violation(f"{who}: {error!r}")
             return
         finally:
+            tally.history.note(f"{who} is over, {time.monotonic() - began:.1f} s old")
             self._checkers.discard(checker)
         tally.add(verified=checker.verified)
-        self._judge(findings)
+        self._judge(who, findings)
         # A server that is restarted is no excuse here: the session has to outlive it.
         if not checker.ended:
             tally.count(tally.ok, kind)
         elif expected or self._excused(began, kinds=faults.WORKERS):
             tally.count(tally.excused, kind)
         else:
-            tally.violation(f"{self._kind}: {kind} {checker.number} was ended: {checker.ended}")
+            tally.violation(f"{who} was ended: {checker.ended}")
 
     def _check_process(self, lease: Lease, number: int, seconds: float) -> None:
         log = self._folder / f"book-{number}"
@@ -274,16 +282,18 @@ class Episode:
         except Exception as error:
             self._tally.violation(f"{self._kind}: checker as a process: {error!r}")
             return
-        self._judge(findings)
+        self._judge(f"{self._kind}: process {number} on {lease}", findings)
         self._tally.add(verified=written)
         self._tally.count(self._tally.killed, "checker as a process")
 
-    def _judge(self, findings: list[Finding]) -> None:
+    def _judge(self, who: str, findings: list[Finding]) -> None:
         for finding in findings:
-            self._tally.violation(f"{self._kind}: {finding}", loss=True)
+            self._tally.violation(f"{who}: {finding}", loss=True)
 
     def _do(self, job: Job) -> None:
         began, tally = time.monotonic(), self._tally
+        who = f"{self._kind}: {job.kind} on {job.lease.export or job.lease.first}"
+        tally.history.note(f"{who} begins")
         self.jobs.add(job)
         try:
             job.run()
@@ -293,20 +303,21 @@ class Episode:
             elif self._excused(began):
                 tally.count(tally.excused, job.kind)
             else:
-                tally.violation(f"{self._kind}: {job.kind}: {error}")
+                tally.violation(f"{who}: {error}")
         except WrongData as error:
             # Who does not heed a failed flush does not know what its server has lost.
             if self.scene.upstream.lossy and self._excused(began):
                 tally.count(tally.excused, job.kind)
             else:
-                tally.violation(f"{self._kind}: {job.command}: {error}", loss=True)
+                tally.violation(f"{who}: {job.command}: {error}", loss=True)
         except Exception as error:
-            tally.violation(f"{self._kind}: {job.kind}: {error!r}")
+            tally.violation(f"{who}: {error!r}")
         else:
             tally.count(tally.ok, job.kind)
             tally.add(verified=job.verified)
         finally:
             self.jobs.discard(job)
+            tally.history.note(f"{who} is over, {time.monotonic() - began:.1f} s old")
             shutil.rmtree(job.folder, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import re
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -19,6 +20,7 @@ from typing import Any, Final, TextIO
 from tests.soak import upstreams
 from tests.soak.authority import Authority
 from tests.soak.episode import Episode, write_rules
+from tests.soak.findings import Findings
 from tests.soak.sectors import SECTOR
 from tests.soak.tally import Tally
 from tests.soak.watching import Sample, WatchedGateway, versions
@@ -28,6 +30,9 @@ CLIENTS: Final = ("alice", "bob", "carol")
 _LIFE_S: Final = 900.0  # of a gateway, at the most
 _EPISODE_S: Final = (3.0, 30.0)
 _KEEP_S: Final = 10.0  # between two samples that are kept
+_TELL_S: Final = 60.0  # between two times that the figures are told
+_LOG_BYTES: Final = 1 << 17  # of a gateway, that are looked at for what was lately
+_FAULT: Final = re.compile(r" ERROR | CRITICAL |Traceback|Warning|ignored|awaited")
 
 # What a process may hold more, with no clients, than when it was first quiet and warm. Descriptors
 # and tasks: nothing. Memory: the allocators of C and Python give pages back late and in part, and
@@ -47,9 +52,13 @@ class Soak:
         out: TextIO = sys.stderr,
         lives: int = 2,
         quiet_s: float = 40.0,
+        as_user: str = "",
+        findings: Path | None = None,
+        each_minute: Callable[[], None] = lambda: None,
     ) -> None:
         """`lives`: of gateways, at the least. `quiet_s`: for sessions whose clients have been
-        killed to come to their ends."""
+        killed to come to their ends. `as_user`: whom half of the gateways become; only for root.
+        `findings`: where each violation is told in full, at once."""
         self.seconds, self.seed = seconds, seed
         self._lives, self._quiet_s = lives, quiet_s
         self.tally = Tally()
@@ -62,11 +71,20 @@ class Soak:
         self._began = time.monotonic()
         self._gateway: WatchedGateway | None = None
         self._over = threading.Event()
+        self._as_user, self._each_minute = as_user, each_minute
+        path = self.folder / "findings" if findings is None else findings
+        heading = f"seed {seed}, in {self.folder}"
+        self.findings = Findings(path, out, self.tally.history, heading, self._log)
+        self.tally.found = lambda what, loss: self.findings.tell(what, loss=loss)
         self._said = ""
 
     def run(self) -> bool:
         """Returns whether nothing was wrong; then nothing is left of it on the disk."""
         watcher = threading.Thread(target=self._watch, daemon=True)
+        mask = os.umask(0o022)
+        if self._as_user:  # who is to reach the servers' sockets, and to read what is reloaded
+            os.umask(0)
+            self.folder.chmod(0o711)
         watcher.start()
         try:
             self._prepare()
@@ -81,6 +99,7 @@ class Soak:
         finally:
             self._over.set()
             watcher.join()
+            os.umask(mask)
             if not self.tally.violations:
                 shutil.rmtree(self.folder, ignore_errors=True)
         return not self.tally.violations
@@ -116,14 +135,17 @@ class Soak:
     def _live(self, number: int, workers: int, seconds: float, kinds: Iterator[str]) -> None:
         until = time.monotonic() + seconds
         episode_s = min(max(self.seconds / 40, _EPISODE_S[0]), _EPISODE_S[1])
+        other = bool(self._as_user) and number % 4 in (1, 2)  # with one worker, and with two
         gateway = WatchedGateway(
             self.folder / f"counts-{number}",
             *("--tls-dir", self._authority.path, "--config", self.folder / "gateway.toml"),
             *("--socket", self.folder / "disk.sock", "--any-export", "--listen", "127.0.0.1:0"),
             *("--workers", str(workers), "--reconnect", "120", "--reload-interval", "3"),
+            *(("--user", self._as_user) if other else ()),
             began=self._began,
         )
         gateway.start()
+        self.tally.history.note(f"a gateway with {workers} workers: {' '.join(gateway.args)}")
         try:
             self._gateway = gateway
             base = self._counted(gateway)
@@ -155,11 +177,18 @@ class Soak:
         try:
             gateway.stop()
         except AssertionError as error:
-            self.tally.violation(f"the gateway's end: {str(error)[:2000]}")
+            faults = [line for line in str(error).splitlines() if _FAULT.search(line)]
+            words = "\n".join([str(error)[:200], *faults[:20]])
+            self.tally.violation(f"the gateway's end: {words}")
         log = gateway.log()
         self.tally.served += len(re.findall(r": open: export ", log))
         self.tally.resumed += log.count("upstream is back after")
         (self.folder / f"gateway-{number}.log").write_text(log)
+
+    def _log(self) -> str:
+        """The end of the gateway's log."""
+        gateway = self._gateway
+        return "" if gateway is None else gateway.log_from(max(0, gateway.log_bytes - _LOG_BYTES))
 
     # -- what it holds
 
@@ -208,7 +237,7 @@ class Soak:
 
     def _watch(self) -> None:
         """Sample all processes each second, and say how it goes."""
-        kept = said = time.monotonic()
+        kept = said = written = time.monotonic()
         is_terminal = self._out.isatty()
         while not self._over.wait(1.0):
             gateway, now = self._gateway, time.monotonic()
@@ -226,3 +255,6 @@ class Soak:
                 end = "\r" if is_terminal else "\n"
                 print(text.ljust(len(self._said)), end=end, file=self._out, flush=True)
                 self._said = text
+            if now - written >= _TELL_S:
+                written = now
+                self._each_minute()

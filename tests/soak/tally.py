@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.soak.findings import History
 
 MOST = 50  # violations that are kept
 
@@ -26,6 +29,8 @@ class Tally:
     served: int = 0  # sessions, by the gateway's own word
     losses: int = 0
     violations: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    found: Callable[[str, bool], None] = lambda _what, _loss: None  # called with each violation
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, counter: Counter[str], kind: str) -> None:
@@ -43,6 +48,9 @@ class Tally:
             self.losses += loss
             if len(self.violations) < MOST:
                 self.violations.append(what)
+            else:
+                return
+        self.found(what, loss)
 
     @property
     def clients(self) -> int:
@@ -56,6 +64,10 @@ class Tally:
         )
 
     def as_json(self) -> dict[str, Any]:
+        with self._lock:
+            return self._as_json()
+
+    def _as_json(self) -> dict[str, Any]:
         return {
             "clients": {
                 "ok": dict(self.ok),
@@ -70,7 +82,7 @@ class Tally:
             "sessions_resumed": self.resumed,
             "losses_told": self.told,
             "losses": self.losses,
-            "violations": self.violations,
+            "violations": list(self.violations),
         }
 
     def table(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.soak import soak as soaking
 from tests.soak import watching
 from tests.soak.soak import SLACK_OBJECTS, SLACK_RSS_KIB, Soak
 from tests.soak.watching import Sample
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.peers
 
 def test_a_short_soak(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.soak", "--seconds", "8", "--seed", "1"]
+    command = [sys.executable, "-m", "tests.soak", "--seconds", "4", "--seed", "1"]
     done = subprocess.run(
         [*command, "--json", str(report)],
         cwd=ROOT,
@@ -57,13 +59,24 @@ def test_a_gateway_that_leaks_and_complains(
         "session.Session._log_end = leaking\n"
     )
     monkeypatch.setattr(watching, "_COUNTER", watching._COUNTER + sabotage)
-    soak = Soak(1.0, 1, out=io.StringIO(), lives=1, quiet_s=1.0)
+    monkeypatch.setattr(soaking, "_TELL_S", 0.5)
+    figures: list[str] = []  # as they are told while it runs
+    soak = Soak(
+        *(1.0, 1),
+        out=io.StringIO(),
+        lives=1,
+        quiet_s=0.3,
+        each_minute=lambda: figures.append(json.dumps(soak.report())),
+    )
     assert not soak.run()
+    assert json.loads(figures[0])["seed"] == 1
+    assert "ERROR something is wrong" in (soak.folder / "findings").read_text()
     words = "\n".join(soak.tally.violations)
     assert "not quiet" in words
     assert "the gateway's end" in words
     assert "ERROR something is wrong" in words
-    assert soak.folder.exists()  # what is left is kept
+    assert (soak.folder / "gateway-0.log").exists()  # what is left is kept
+    shutil.rmtree(soak.folder)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +88,8 @@ def test_a_gateway_that_leaks_and_complains(
         (0, SLACK_OBJECTS + 1, True),
     ],
 )
-def test_memory_that_grows(kib: int, objects: int, grows: bool) -> None:
-    soak = Soak(1.0, 1, out=io.StringIO())
+def test_memory_that_grows(kib: int, objects: int, grows: bool, tmp_path: Path) -> None:
+    soak = Soak(1.0, 1, out=io.StringIO(), findings=tmp_path / "findings")
     soak.folder.rmdir()
     # While it is getting warm it may take what it likes.
     quiet = [Sample(n, 7, 9, 1000 * n, 1, 8, 40_000 * n) for n in range(3)]

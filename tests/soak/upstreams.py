@@ -39,7 +39,7 @@ class Upstream:
         self._disks = directory / "disks"
         self._disks.mkdir(parents=True)
         self.server, self._leases, self._raw = start(directory, self._disks)
-        self.server.start()
+        self.start()
 
     def lease(self) -> Lease | None:
         """One that nobody had before; None: they are all gone."""
@@ -53,6 +53,11 @@ class Upstream:
         return in_server(self.server, lease.export, lease.first + first, count)
 
     # -- its life
+
+    def start(self) -> None:
+        """Also again. The gateway may be another user, and nbdkit has a umask of its own."""
+        self.server.start()
+        self.server.socket.chmod(0o666)
 
     @property
     def alive(self) -> bool:

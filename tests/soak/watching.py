@@ -59,11 +59,14 @@ class WatchedGateway(Gateway):
 
     def __init__(self, counts: Path, *args: str | Path, began: float) -> None:
         counts.mkdir(exist_ok=True)
+        counts.chmod(0o777)  # its processes write there, whoever they are
         (counts / "sitecustomize.py").write_text(_COUNTER)
         env = {"PYTHONPATH": f"{counts}:{ROOT}", "SOAK_COUNTS": str(counts)}
         super().__init__(*args, env=env)
         self._counts = counts
         self._began = began
+        self._numbers: dict[int, int] = {}  # of workers, by process
+        self._read_to = 0
 
     def log_from(self, offset: int) -> str:
         """The log behind so many bytes: it becomes too long to be read as a whole each time."""
@@ -85,6 +88,31 @@ class WatchedGateway(Gateway):
             text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
             return [int(pid) for pid in text.split()]
         return []
+
+    def number(self, pid: int) -> int:
+        """Of a worker, as the log has it."""
+        if pid not in self._numbers:
+            text = self.log_from(self._read_to)
+            whole = text[: text.rfind("\n") + 1]
+            self._read_to += len(whole.encode())
+            found = re.findall(r"INFO worker (\d+) \(process (\d+)\) started\n", whole)
+            self._numbers.update((int(other), int(number)) for number, other in found)
+        return self._numbers.get(pid, 0)
+
+    def reload(self) -> None:
+        """SIGHUP, and wait until each process that serves, and lives, has looked at what is new.
+        One of them may say so twice, by its clock and because it was asked."""
+        after, asked = self.log_bytes, self.workers()
+        os.kill(self.pid, signal.SIGHUP)
+
+        def answered() -> bool:
+            said = self.log_from(after)
+            if not asked:
+                return " INFO reload: " in said
+            live = set(asked).intersection(self.workers())
+            return all(f" INFO worker {self.number(pid)}: reload: " in said for pid in live)
+
+        wait_until(answered, "the reload", 30)
 
     def processes(self) -> list[int]:
         return [self.pid, *self.workers()]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Self
 from urllib.parse import urlsplit
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 30.0  # to bind and to print; a loaded machine imports slowly
 STOP_S = 45.0  # longer than the default --drain-timeout
@@ -31,6 +33,21 @@ def environment() -> dict[str, str]:
     ours = "NBD_GATEWAY_"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {**kept, "LC_ALL": "C.UTF-8"}
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """The numbers of a gateway's descriptors. It lets nobody look into its memory, and so the
+    kernel shows these to root only: skips for anybody else."""
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except PermissionError:
+        pytest.skip("only root sees the descriptors of a process that dumps no core")
+
+
+def warnings_in(log: str) -> list[str]:
+    """Its lines at WARNING, but for the one about root, which is of who runs the tests."""
+    lines = [line for line in log.splitlines() if " WARNING " in line]
+    return [line for line in lines if " WARNING running as root: " not in line]
 
 
 class Output:

@@ -42,7 +42,8 @@ def enter_all(
 
 
 def leave(entered: list[Phase], *, drained: bool) -> None:
-    with contextlib.ExitStack() as all_of_them:  # a failure in one is not to be seen in the next test
+    # All are closed whatever one of them finds: it is not to be seen in the next test.
+    with contextlib.ExitStack() as all_of_them:
         for phase in entered:
             all_of_them.callback(phase.close)
         for phase in entered:

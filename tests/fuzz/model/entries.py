@@ -25,6 +25,7 @@ class Sent:
     chunks: int = 0
     refused: bool = False  # with ESHUTDOWN, so that another upstream is to be asked
     answered: int = 0  # the count, when its last chunk was through
+    forgotten: bool = False  # answered by the gateway itself, when another upstream took over
     # What any has:
     all_errors: set[int] = field(default_factory=set)
     statuses: set[bytes] = field(default_factory=set)

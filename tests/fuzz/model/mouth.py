@@ -79,7 +79,7 @@ class Mouth:
 
     def _find(self, cookie: int) -> Sent:
         sent = self._book.sent.get(cookie)
-        if sent is None:
+        if sent is None or sent.forgotten:
             raise Wrong("a reply to nothing")
         if sent.answered:
             raise Wrong("a second reply")

@@ -79,7 +79,11 @@ class Line:
             require(len(self._held) < 32 + 8 + 4 * len(self.book.ids), "leaves what is whole")
             require(not mind.over or self._held, "did not see the client's end")
         require(machine.in_flight <= self._limits.requests + _PLANNED, "too many in flight")
-        owed = [o.length for o in self.book.sent.values() if not o.answered and o.kind in _DATA]
+        owed = [
+            one.length
+            for one in self.book.sent.values()
+            if one.kind in _DATA and not (one.answered or one.forgotten)
+        ]
         if owed and not self.book.lost:
             # One is always let through, and a WRITE is let through whole, part by part.
             longest = max((one.length for one in self.book.live.values()), default=0)
@@ -193,6 +197,8 @@ class Line:
         for part in machine.again():
             self._ear.hear([part])
         self._ear.check_whole()
+        for one in self.book.sent.values():
+            one.forgotten |= not one.answered and one.cookie not in self._ear.seen
         self._up = True
         self._speak()
         self._follow_up()

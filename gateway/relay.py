@@ -104,6 +104,11 @@ class Relay:
             self._replies.stream.give_back()
 
     @property
+    def left_whole(self) -> bool:
+        """After `run`: whether all that the client was sent are whole messages."""
+        return self._replies.free
+
+    @property
     def upstream(self) -> Channel:
         """The upstream's channel as it is now: another one than at first if it was replaced."""
         return self._outlet.channel

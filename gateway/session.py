@@ -232,7 +232,7 @@ class Session:
 
     async def _close_client(self) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
-            await self._channel.aclose()
+            await self._channel.aclose(clean=self._relay is None or self._relay.left_whole)
         self._channel.close()
 
     def _log_end(self, end: SessionEnd, detail: str, seconds: float) -> None:

@@ -132,9 +132,10 @@ class Channel:
         with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, clean: bool = True) -> None:
         """Close so that what was sent last still arrives: wait (LINGER_S at most) for the peer.
 
+        Not `clean`: what was sent last is not whole, so TLS, if there is any, is not ended.
         A close with unread bytes in the receive buffer makes the kernel send RST, which would
         destroy a TLS alert or an error reply that is still on its way.
         """
@@ -309,12 +310,13 @@ class TLSChannel(Channel):
         self.bytes_written += sent
         return sent
 
-    async def aclose(self) -> None:
-        """Send close_notify, unless a write was cut short, then close as a plain channel does.
+    async def aclose(self, *, clean: bool = True) -> None:
+        """Send close_notify if it is `clean` and no write was cut short, then close as a plain
+        channel does.
 
         The peer's close_notify is not waited for.
         """
-        if not self._mid_write and self._tls.fileno() >= 0:
+        if clean and not self._mid_write and self._tls.fileno() >= 0:
             self._mid_write = True  # once
             try:
                 self._tls.unwrap()

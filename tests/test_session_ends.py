@@ -16,6 +16,8 @@ from tests import session_rig
 from tests.session_rig import DISC, Front, Log, in_thread, over, read_works
 from tests.support.fake_upstream import FakeUpstream, Link, Script
 from tests.support.rawclient import (
+    SIMPLE,
+    SIMPLE_MAGIC,
     Cmd,
     Opt,
     PeerClosedError,
@@ -308,6 +310,27 @@ async def test_shutdown_while_the_upstream_is_asked(
     else:
         assert replies[-1].type == Rep.ERR_SHUTDOWN
     await front.ended() if replies[-1].type == Rep.ACK else client.close()
+
+
+@pytest.mark.parametrize("how", ["cut by the gateway", "cut by the upstream"])
+async def test_reply_that_is_cut_has_no_clean_end(
+    front: Front, fake: FakeUpstream, log: Log, how: str
+) -> None:
+    """What the client has of it ends with a whole TLS record: TLS could be ended behind that."""
+
+    class Half(Script):
+        def requested(self, link: Link, request: Request) -> None:
+            link.send(SIMPLE.pack(SIMPLE_MAGIC, 0, request.cookie) + bytes(100))
+            if how == "cut by the upstream":
+                link.hang_up()
+
+    fake.script = Half(structured=False)
+    client = await front.opened()
+    client.send(Request(Cmd.READ, 0, 512).pack())
+    await in_thread(client.recv_exactly, SIMPLE.size + 100)
+    if how == "cut by the gateway":
+        front.scope.cancel()
+    assert await over(front, client) == "fin"
 
 
 async def test_cancelled_session_closes_everything(

@@ -226,6 +226,19 @@ async def test_cancelled_write_is_never_followed_by_close_notify(connect: Connec
 
 
 @ONLY_TLS
+async def test_unclean_end_has_no_close_notify(connect: Connect) -> None:
+    """All that was said has arrived, but it was not all that was to be said."""
+    pair = await connect()
+    await pair.near.send_all(b"half")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(pair.near.aclose, clean=False))
+        with trio.fail_after(STALL_S):
+            assert await read_to_end(pair.far) == b"half"
+        pair.far.close()
+    assert pair.far.truncated
+
+
+@ONLY_TLS
 async def test_whole_write_is_followed_by_close_notify(connect: Connect) -> None:
     pair = await connect(buffers=4096)
 

@@ -161,9 +161,7 @@ class UnreadReply(Idle):
     """More than all sockets hold, and the client reads nothing of it for now."""
 
     upstream_cut = ANYHOW  # in the middle of its reply it reads no DISC
-    # Between two records of the reply TLS can be ended, within one it cannot; and who is still owed
-    # some of a reply knows by NBD's own count that it was cut.
-    ends_cut = frozenset({"fin", "reset", "close_notify"})
+    ends_cut = frozenset({"fin", "reset"})  # what is cut inside a reply has no clean end
 
     def begin(self) -> None:
         self.script.go.set()

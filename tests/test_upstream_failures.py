@@ -235,8 +235,11 @@ async def test_what_was_agreed_is_not_forgotten_by_dialling_again(
 async def test_bytes_that_nobody_asked_for(fake: FakeUpstream, dial: Dial, words: Words) -> None:
     class Talks(Script):
         def option(self, link: Link, opt: int, data: bytes) -> bool:
+            said, send = bytearray(), link.send
+            link.send = said.extend  # type: ignore[method-assign]
             super().option(link, opt, data)
             self.reply(link, opt, Rep.ACK)
+            send(bytes(said))  # in one go: what comes later, the answer does not wait for
             return False
 
     fake.script = Talks()

@@ -90,13 +90,13 @@ class WatchedGateway(Gateway):
         return []
 
     def number(self, pid: int) -> int:
-        """Of a worker, as the log has it."""
-        if pid not in self._numbers:
-            text = self.log_from(self._read_to)
-            whole = text[: text.rfind("\n") + 1]
-            self._read_to += len(whole.encode())
-            found = re.findall(r"INFO worker (\d+) \(process (\d+)\) started\n", whole)
-            self._numbers.update((int(other), int(number)) for number, other in found)
+        """Of a worker, as the log has it: the last with this process's number, which another had
+        perhaps before it."""
+        text = self.log_from(self._read_to)
+        whole = text[: text.rfind("\n") + 1]
+        self._read_to += len(whole.encode())
+        found = re.findall(r"INFO worker (\d+) \(process (\d+)\) started\n", whole)
+        self._numbers.update((int(other), int(number)) for number, other in found)
         return self._numbers.get(pid, 0)
 
     def reload(self) -> None:

@@ -67,7 +67,8 @@ bench-quick: .venv/.installed ## a few cases beside nbdkit, as ratios, in two mi
 
 bench-idle: .venv/.installed ## what 10 000 idle clients cost, in five minutes
 	@tests/peers/install
-	@.venv/bin/python -m tests.bench.idle
+	@mkdir -p build
+	.venv/bin/python -m tests.bench.idle --json build/idle.json
 
 bench-memory: .venv/.installed ## what greedy clients make the gateway hold, beside README's formula, in two minutes
 	@.venv/bin/python -m tests.bench.memory
@@ -82,11 +83,13 @@ interop-matrix: .venv/.test-installed ## every client in front of every server; 
 SOAK_SECONDS ?= 3600
 soak: .venv/.test-installed ## real clients, kills, restarts, reloads, for SOAK_SECONDS (3600); all data verified
 	@tests/peers/install
-	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS)
+	@mkdir -p build
+	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS) --json build/soak.json
 
 FUZZ_SECONDS ?= 3600
 fuzz: .venv/.test-installed ## coverage-guided inputs for all that is parsed, for FUZZ_SECONDS (3600), on two cores
-	.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs 2
+	@mkdir -p build
+	.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs 2 --json build/fuzz.json
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

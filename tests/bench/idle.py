@@ -1,4 +1,6 @@
-"""`python -m tests.bench.idle [CLIENTS [WORKERS]]`: what idle clients cost, up to 10 000 of them.
+"""`python -m tests.bench.idle [CLIENTS [WORKERS]] [--json FILE]`: what idle clients cost.
+
+Up to 10 000 of them, with two workers, unless there is another word.
 
 Each is connected with TLS and a certificate and has a connection of its own to the disk, an nbdkit
 of one thread a connection. Then it is silent. At each step: the gateway's memory a client, what it
@@ -7,6 +9,7 @@ spends on CPU while nobody says anything, and how long one more client takes to 
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -55,8 +58,9 @@ class Crowd:
         self._popen.wait()
 
 
-def measure(most: int, workers: int) -> None:
-    """Raises Failed."""
+def measure(most: int, workers: int) -> list[dict[str, Any]]:
+    """What was found at each step, which is printed too. Raises Failed."""
+    steps: list[dict[str, Any]] = []
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # nbdkit and the clients inherit it
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -104,18 +108,23 @@ def measure(most: int, workers: int) -> None:
                 f"| {100 * idle:.1f} % of a core | {1000 * took:.1f} ms |",
                 flush=True,
             )
+            found = {"mib": kib / 1024, "idle_cpu": idle, "one_more_s": took}
+            steps.append({"clients": count, **found})
+    return steps
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.idle", description=__doc__)
+    parser.add_argument("clients", type=int, nargs="?", default=10_000)
+    parser.add_argument("workers", type=int, nargs="?", default=2)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    args = parser.parse_args()
     try:
-        numbers = [int(text) for text in sys.argv[1:]]
-        most, workers = [*numbers, *(10_000, 2)[len(numbers) :]]
-    except ValueError:
-        sys.exit(__doc__)
-    try:
-        measure(most, workers)
+        steps = measure(args.clients, args.workers)
     except Failed as failed:
         sys.exit(f"bench-idle: {failed}")
+    if args.json:
+        args.json.write_text(json.dumps({"workers": args.workers, "steps": steps}, indent=1))
 
 
 if __name__ == "__main__":

@@ -87,9 +87,10 @@ soak: .venv/.test-installed ## real clients, kills, restarts, reloads, for SOAK_
 	.venv/bin/python -m tests.soak --seconds $(SOAK_SECONDS) --json build/soak.json
 
 FUZZ_SECONDS ?= 3600
-fuzz: .venv/.test-installed ## coverage-guided inputs for all that is parsed, for FUZZ_SECONDS (3600), on two cores
+FUZZ_JOBS ?= 2
+fuzz: .venv/.test-installed ## coverage-guided inputs for all that is parsed, for FUZZ_SECONDS (3600), on FUZZ_JOBS cores (2)
 	@mkdir -p build
-	.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs 2 --json build/fuzz.json
+	.venv/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) --json build/fuzz.json
 
 clean: ## remove the environments and everything that tools left behind
 	@rm -rf .venv .venv-check .coverage .coverage.* htmlcov build dist

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.reliability import figures
+from tests.support.readme import README, Section
 
 
 @pytest.fixture
@@ -19,8 +23,7 @@ def kept() -> dict[str, Any]:
 
 
 def test_readme_has_what_was_kept(kept: dict[str, Any]) -> None:
-    between = figures.README.read_text().partition(figures.BEGIN)[2].partition(figures.END)[0]
-    assert between.strip() == figures.section(kept)
+    assert figures.SECTION.text == figures.section(kept)
 
 
 def test_nothing_was_found_in_hours(kept: dict[str, Any]) -> None:
@@ -47,6 +50,45 @@ def test_other_figures_are_refused(
     spoilt = copy.deepcopy(kept)
     spoil(spoilt)
     assert figures.faults(spoilt) == [words]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("soak", None, "No such file or directory"),
+        ("fuzz", "not JSON", "Expecting value"),
+        ("idle", "{}", "'steps' is missing: one of these is another program's file"),
+        ("soak", '{"samples": [], "violations": []}', "'seconds' is missing"),
+    ],
+    ids=["none", "no JSON", "another's", "half"],
+)
+def test_other_files_are_refused_in_words_and_nothing_is_written(
+    kept: dict[str, Any], tmp_path: Path, file: str, text: str | None, words: str
+) -> None:
+    before = README.read_text(), figures.KEPT.read_text()
+    kept["soak"]["samples"] = []
+    for name, found in kept.items():
+        (tmp_path / name).write_text(json.dumps(found))
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    argv = [f"--{name}={tmp_path / name}" for name in kept]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.reliability", *argv],
+        cwd=README.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert words in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, "no traceback"
+    assert (README.read_text(), figures.KEPT.read_text()) == before
+
+
+def test_section_without_its_marks_is_not_written() -> None:
+    before = README.read_text()
+    with pytest.raises(ValueError, match="no <!-- nothing -->"):
+        Section("nothing").write("words")
+    assert README.read_text() == before
 
 
 def test_growth_is_that_of_the_process_that_grew_most() -> None:

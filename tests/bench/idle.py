@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument("workers", type=int, nargs="?", default=2)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     args = parser.parse_args()
+    if args.clients < 1:
+        parser.error(f"{args.clients} clients are none")
     try:
         steps = measure(args.clients, args.workers)
     except Failed as failed:

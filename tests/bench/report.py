@@ -10,12 +10,12 @@ from pathlib import Path
 from tests.bench.goals import NEVER_BELOW, YARDSTICKS, Verdict, below_qemu, judge
 from tests.bench.results import Case, Results
 from tests.bench.summary import Summary, cpu, cpu_ratio, ratio, value
+from tests.support.readme import Section
 
 BASE = "nbdkit"
 NONE = "-"
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+SECTION = Section("bench")
 
 NOTES = """\
 All servers stand in front of the same kind of disk (nbdkit's memory plugin, full of random bytes),
@@ -243,9 +243,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     if options.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}\n{readme_figures(results)}\n{END}{after}")
+        SECTION.write(readme_figures(results))
     else:
         print(goals(results) if options.goals else report(results))
 

@@ -27,10 +27,10 @@ from tests.peers.bench import Front
 from tests.support.gateway import Gateway
 from tests.support.peers import NbdServer, Server, run, said
 from tests.support.rawclient import Opt, RawClient, tls_context
+from tests.support.readme import Section
 from tests.support.trixie import Trixie, trixie
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- interop-matrix -->", "<!-- /interop-matrix -->"
+SECTION = Section("interop-matrix")
 FAILED = "FAILED"
 CORNER = "client"
 ADDED = "added by the gateway"
@@ -255,9 +255,7 @@ def main() -> int:
     print(text)
     if newer is None:
         return 1
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    SECTION.write(text)
     return 0 if well else 1
 
 

@@ -25,11 +25,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         found = figures.load(args.soak, args.fuzz, args.idle)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"reliability: {error!r}")
-    if faults := figures.faults(found):
+        if not (faults := figures.faults(found)):
+            figures.write(found)
+    except (OSError, ValueError) as error:
+        sys.exit(f"reliability: {error}")
+    except KeyError as error:
+        sys.exit(f"reliability: {error} is missing: one of these is another program's file")
+    if faults:
         sys.exit("\n".join(f"reliability: {one}" for one in faults))
-    figures.write(found)
 
 
 if __name__ == "__main__":
